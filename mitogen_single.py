@@ -1,0 +1,2573 @@
+"""mitogen_single: makes Ansible several times faster. One file, no dependency but Ansible.
+
+Copy it into a strategy_plugins directory and set ANSIBLE_STRATEGY=mitogen_single. Playbooks stay as they are.
+
+0 THE MAP
+
+    ansible-playbook
+     |-- main process: the stock strategy, results, callbacks
+     |-- workers: stock WorkerProcess forks, one a (task, host) ----.   a socket each, handed over at the broker's door
+     `-- broker: one event loop, owns every link <-----------------'
+          |-- ssh web1 -- agent lab@web1 --+-- child: a fork of the agent for each module run
+          |                                `-- sudo -- agent root@web1 -- child ...
+          `-- agent of connection: local
+
+An agent is one Python process per (host, connection, account, interpreter). It starts from a text of 11 kB, keeps the
+sources of modules in RAM, and forks a child for each module run. The life of a task:
+
+ 1. The stock strategy forks a worker. Ansible's TaskExecutor asks for a connection and gets our Connection: the stock
+    plugin's own instance with a few methods of ours in front (§3, §5).
+ 2. The action plugin calls _execute_module. Ansible's builder makes the AnsiballZ wrapper, with a table of contents in
+    the place of the zip (§6). That is our Payload.
+ 3. Connection.exec_command sees the Payload and asks the broker, through the worker's Client (§7), to run it in the
+    agent of that host and account. Where there is none yet, it is started hop by hop: the stock plugins are asked for
+    the command lines and for what the prompts mean (§9), the broker or an agent runs them (§15).
+ 4. The broker adds the sources which that agent lacks to the same write (§8). The agent forks; the child imports from
+    RAM and runs the module as __main__ (§16, §18). Its exit code and output are the answer.
+
+Invariants. Nothing that comes from a target is unpickled, evaluated or used as a path here. A target cannot address
+another target. Passwords travel only as the answer to a prompt. What we cannot carry, stock Ansible runs: every method
+of ours falls back to the stock one. The end of stdin ends an agent and all that it started; the end of ansible-playbook
+ends the broker.
+
+Where does my line go?
+
+    §  section          what lives there
+    1  FACE             version, documentation, tunables
+    2  STRATEGY         StrategyModule
+    3  PATCHES          the table of what we change in Ansible
+    4  WORKERS          the broker is there before the first worker is
+    5  CONNECTION       exec_command, put_file, fetch_file, reset
+    6  PAYLOADS         what Ansible's module builder made: a table of contents, the parameters
+    7  CLIENT           a worker's end of the broker's socket
+    8  BROKER           owns the links, connects once, knows which agent has which sources
+    9  HOPS             stock plugins' options -> command line + dialogue
+    10 SHIPPING         the core: slice, strip, compress; the one-line bootstrap
+    11 COMMAND LINE     python3 mitogen_single.py demo | doctor | --version
+    ------------------- below the fence: what is sent to targets
+    12 WIRE             message table, frames
+    13 LOOP             poll, timers, streams
+    14 ROUTER           Agent: deliver, forward, reply; errors become replies
+    15 CHILDREN         start a process on pipes and a pty; make an agent of it
+    16 IMPORTER         modules from RAM
+    17 FILES            put, get
+    18 RUNNER           run a command; run a module in a forked child
+    19 MAIN             what an agent does from its first to its last line
+
+Calls go down, answers come back up. §2-6 know Ansible's objects, §7-10 never import ansible, §12-19 import nothing but
+the standard library.
+"""
+# SPDX-License-Identifier: BSD-3-Clause
+
+# 1 FACE ##############################################################################################################
+from __future__ import annotations
+
+import ast
+import atexit
+import base64
+import contextlib
+import dataclasses
+import functools
+import gc
+import hashlib
+import inspect
+import itertools
+import json
+import os
+import re
+import shlex
+import signal
+import socket
+import subprocess
+import struct
+import sys
+import threading
+import time
+import types
+import zipfile
+import zlib
+
+try:
+    from ansible import constants as C
+    from ansible.errors import (AnsibleAuthenticationFailure, AnsibleConnectionFailure, AnsibleError,
+                                AnsibleFileNotFound)
+    from ansible.executor import module_common
+    from ansible.module_utils.common.text.converters import to_bytes, to_text
+    from ansible.module_utils.common.yaml import yaml_load
+    from ansible.plugins import action as action_plugins
+    from ansible.plugins import strategy as strategy_plugins
+    from ansible.plugins.connection import ConnectionBase, local as local_plugin
+    from ansible.plugins.connection import ssh as ssh_plugin
+    from ansible.plugins.loader import connection_loader
+    from ansible.plugins.strategy.linear import StrategyModule as LinearStrategy
+    from ansible.utils.display import Display
+    display = Display()
+except ImportError:
+    if __name__ != '__main__':
+        raise
+    ConnectionBase = LinearStrategy = object        # a script on a machine without Ansible: only the command line (§11) works
+
+__version__ = '0.1.0'
+STRATEGY_NAME = __name__.rpartition('.')[2]       # under which Ansible knows our options
+
+DOCUMENTATION = """
+    name: mitogen_single
+    short_description: Runs tasks as the linear strategy does, several times faster
+    description:
+        - Tasks are executed in lockstep per batch of hosts, exactly as with P(ansible.builtin.linear#strategy).
+        - Modules run in a persistent Python process per host and account, reached over one SSH connection and one
+          become, which keeps their sources in memory.
+        - Connections that it cannot carry are left to the stock plugins.
+    author: the mitogen_single authors
+    version_added: historical
+    options:
+        boot_timeout:
+            description:
+                - Seconds that a remote login or a become may be silent before the task fails,
+                  where the connection's own O(ignore:timeout) is shorter.
+            type: int
+            default: 60
+            env: [{name: MITOGEN_SINGLE_BOOT_TIMEOUT}]
+            ini: [{section: mitogen_single, key: boot_timeout}]
+"""
+
+
+# One of the options above. Ansible reads the documentation of a strategy only for ansible-doc, so it is told here.
+def setting(name):
+    if not C.config.get_configuration_definitions('strategy', STRATEGY_NAME):
+        C.config.initialize_plugin_configuration_definitions('strategy', STRATEGY_NAME,
+                                                             yaml_load(DOCUMENTATION)['options'])
+    return C.config.get_config_value(name, plugin_type='strategy', plugin_name=STRATEGY_NAME)
+
+
+# 2 STRATEGY ##########################################################################################################
+
+
+class StrategyModule(LinearStrategy):
+    def run(self, iterator, play_context, *args):
+        with patched():
+            return super().run(iterator, play_context, *args)
+
+
+# 3 PATCHES ###########################################################################################################
+# All that we change in Ansible, for as long as a play runs under our strategy. A row: object, name of the attribute,
+# what stands in its place, made from the original. Each replacement calls the original for whatever is not ours.
+# Where a seam does not have the shape that we expect, the run is stock Ansible's, and one warning says so.
+
+
+def patches():
+    action = action_plugins.ActionBase
+    return (
+        # Connections of the kinds that we carry become ours; asked for by tasks, meta tasks and action plugins.
+        (connection_loader, 'get_with_context', adopting),
+        # The broker must be there before workers are, so that all of them share it.
+        (strategy_plugins.WorkerProcess, 'start', starting_broker_first),
+        # A module for one of our connections is built with a table of contents in the place of its zip ...
+        (action, '_configure_module', building_for_connection),
+        (action_plugins, 'modify_module', making_payloads),
+        (module_common, 'zipfile', with_catalogue),
+        # ... which is enough to run it from RAM. Whoever wants a file on the target gets the real one.
+        (action, '_transfer_data', transferring_real_bytes),
+        # Pipelining is a question of cost, not of taste, once there is an agent: also for su, also where it is off.
+        (action, '_is_pipelining_enabled', always_pipelining),
+    )
+
+
+@contextlib.contextmanager
+def patched():
+    missing = [name for owner, name, _ in patches() if not hasattr(owner, name)]
+    if missing:
+        display.warning('mitogen_single does not know this version of Ansible (no %s): this play runs without it'
+                        % ', '.join(missing))
+        yield
+        return
+    undo = []
+    try:
+        for owner, name, replacement in patches():
+            original = vars(owner).get(name, undo)
+            undo.append((owner, name, original))
+            setattr(owner, name, replacement(getattr(owner, name)))
+        yield
+    finally:
+        for owner, name, original in reversed(undo):
+            if original is undo:
+                delattr(owner, name)
+            else:
+                setattr(owner, name, original)
+
+
+# 4 WORKERS ###########################################################################################################
+
+
+def starting_broker_first(start):
+    def patched_start(worker):
+        door()
+        return start(worker)
+    return patched_start
+
+
+# 5 CONNECTION ########################################################################################################
+# The stock connection plugin's own instance, which has all its options from Ansible, with a few methods in front of
+# its class. So isinstance() holds, get_option() works, and super() is the stock way, taken for all that we cannot do.
+
+
+def adopting(get_with_context):
+    def patched_get(name, *args, **kwargs):
+        result = get_with_context(name, *args, **kwargs)
+        if isinstance(result.object, (ssh_plugin.Connection, local_plugin.Connection)):
+            adopt(result.object)
+        return result
+    return patched_get
+
+
+def adopt(connection):
+    stock = type(connection)
+    if not issubclass(stock, AgentConnection) and getattr(connection._shell, 'SHELL_FAMILY', '') != 'powershell':
+        connection.__class__ = agent_class(stock)
+
+
+# The name must stay: Ansible derives the plugin's type from it.
+@functools.lru_cache(maxsize=None)
+def agent_class(stock):
+    return type(stock.__name__, (AgentConnection, stock), {'__module__': stock.__module__})
+
+
+class AgentConnection(ConnectionBase):      # a base that it shares with the stock plugin, or no instance could change over
+    _escalation = None      # the last command that Ansible wrapped for become
+    _plain_build = None     # the become plugin's own build_become_command
+
+    def set_become_plugin(self, plugin):
+        super().set_become_plugin(plugin)
+        if plugin:
+            build = self._plain_build = plugin.build_become_command
+
+            def build_become_command(cmd, shell):
+                wrapped = build(cmd, shell)
+                self._escalation = Escalation(cmd, wrapped)
+                return wrapped
+
+            plugin.build_become_command = build_become_command
+
+    def exec_command(self, cmd, in_data=None, sudoable=True):
+        try:
+            if is_carried(self):
+                display.vvv('EXEC %s' % to_text(cmd), host=self._play_context.remote_addr)
+                command = Command(to_text(cmd), self._escalation, self._play_context.executable)
+                return Carrier(self).run(command, in_data, sudoable)
+        except NoAgent as e:
+            display.v('stock Ansible runs this, there is no agent: %s' % e, host=self._play_context.remote_addr)
+        data = in_data.real_bytes() if isinstance(in_data, Payload) else in_data
+        return super().exec_command(cmd, in_data=data, sudoable=sudoable)
+
+    def put_file(self, in_path, out_path):
+        try:
+            if is_carried(self) and self.transport != 'local':
+                display.vvv('PUT %s TO %s' % (in_path, out_path), host=self._play_context.remote_addr)
+                return Carrier(self).put(in_path, out_path)
+        except NoAgent as e:
+            display.v('stock Ansible transfers this, there is no agent: %s' % e, host=self._play_context.remote_addr)
+        return super().put_file(in_path, out_path)
+
+    def fetch_file(self, in_path, out_path):
+        try:
+            if is_carried(self) and self.transport != 'local':
+                display.vvv('FETCH %s TO %s' % (in_path, out_path), host=self._play_context.remote_addr)
+                return Carrier(self).fetch(in_path, out_path)
+        except NoAgent as e:
+            display.v('stock Ansible transfers this, there is no agent: %s' % e, host=self._play_context.remote_addr)
+        return super().fetch_file(in_path, out_path)
+
+    def reset(self):
+        if is_carried(self):
+            client().drop(Carrier(self).login().key)
+        super().reset()
+
+    # The command that the stock plugin would start for this one.
+    def agent_argv(self, command):
+        return caught(self, super().exec_command, command)
+
+
+# Not with a tty under the data, which it would garble: stock Ansible gives up pipelining for the same reason.
+def is_carried(connection):
+    return isinstance(connection, AgentConnection) and not getattr(connection, '_is_tty_requested', bool)()
+
+
+# What an AgentConnection does with the help of the broker; beside it, so that no name of ours hides one of the stock
+# plugin's.
+class Carrier:
+    def __init__(self, connection):
+        self.connection = connection
+        self.context = connection._play_context
+        self.host = self.context.remote_addr
+        self.shell = self.context.executable or '/bin/sh'
+        # Seconds without a sign of life after which a become is given up; the stock ssh plugin takes as many.
+        self.silence = 2 + int(self.option('timeout') or self.context.timeout or 10)
+        # Local commands run in the playbook's directory: Ansible sets this attribute before each of them.
+        self.cwd = getattr(connection, 'cwd', None)
+
+    def option(self, name):
+        try:
+            return self.connection.get_option(name)
+        except (KeyError, AttributeError):
+            return None
+
+    def run(self, command, in_data, sudoable):
+        account = self.account(command)
+        if not isinstance(in_data, Payload):
+            head = dict(call='exec', argv=command.argv, cwd=self.cwd, tty=self.wants_tty(in_data, sudoable))
+            return self.collect(account, None, head, in_data or b'')
+        words, env = command.interpreter()
+        interpreter = interpreter_plan(account[-1], words, self.silence)
+        try:
+            return self.collect(account, interpreter, dict(in_data.head(), env=env, cwd=self.cwd), in_data.params)
+        except UnknownModule:
+            payload = in_data.rebuild()
+            return self.collect(account, interpreter, dict(payload.head(), env=env, cwd=self.cwd), payload.params)
+
+    # The hops that lead to the account in which a command is to run.
+    def account(self, command):
+        login = self.login()
+        if not command.escalated:
+            return [login]
+        return [login, become_plan(login, self.connection.become, self.connection._plain_build, self.connection._shell,
+                                   self.shell, self.silence, self.cwd)]
+
+    def login(self):
+        return login_plan(self.connection, self.shell, max(self.silence, setting('boot_timeout')))
+
+    # Stock ssh asks for a terminal for commands without input: sudo in a raw task may need one, and `ls` behaves.
+    def wants_tty(self, in_data, sudoable):
+        return bool(not in_data and sudoable and self.option('use_tty'))
+
+    def collect(self, account, interpreter, head, body):
+        out = {STDOUT: [], STDERR: []}
+        reply = self.call(account, interpreter, head, body, on_data=lambda channel, data: out[channel].append(data))
+        result = reply['rc'], b''.join(out[STDOUT]), b''.join(out[STDERR])
+        if self.connection.transport != 'local':
+            shown = 'rc=%s, stdout and stderr censored due to no log' % result[0] if self.context.no_log else result
+            display.vvv(str(shown), host=self.host)
+        return result
+
+    def put(self, in_path, out_path):
+        try:
+            source = open(to_bytes(in_path, errors='surrogate_or_strict'), 'rb')
+        except FileNotFoundError:
+            raise AnsibleFileNotFound('file or module does not exist: %s' % to_text(in_path))
+        with source:
+            mode = os.fstat(source.fileno()).st_mode & 0o777
+            self.transfer(in_path, out_path, dict(call='put', path=to_text(out_path), mode=mode), source=source)
+
+    def fetch(self, in_path, out_path):
+        with open(to_bytes(out_path, errors='surrogate_or_strict'), 'wb') as target:
+            self.transfer(in_path, out_path, dict(call='get', path=to_text(in_path)),
+                           on_data=lambda channel, data: target.write(data))
+
+    def transfer(self, in_path, out_path, head, **more):
+        try:
+            self.call([self.login()], None, head, **more)
+        except CallFailed as e:
+            raise AnsibleError('failed to transfer file to %s %s:\n\n%s' % (to_text(in_path), to_text(out_path), e))
+
+    # Ask; where the way is not open yet, open it and ask again.
+    def call(self, account, interpreter, head, body=b'', **more):
+        words = interpreter.words if interpreter else None
+        head = dict(head, to=[plan.key for plan in (interpreter, account[-1]) if plan], interpreter=words)
+        try:
+            try:
+                return client().call(head, body, **more)
+            except NotConnected:
+                self.connect_all(account, interpreter)
+                return client().call(head, body, **more)
+        except (LinkLost, NotConnected) as e:
+            raise AnsibleConnectionFailure('%s: the connection was lost: %s' % (self.where(), e))
+
+    # As often, and with the same pauses, as the stock ssh plugin tries it.
+    def connect_all(self, account, interpreter):
+        retries = int(self.option('reconnection_retries') or 0)
+        for attempt in range(retries + 1):
+            try:
+                return self.connect_once(account, interpreter)
+            except AnsibleConnectionFailure as e:
+                if attempt == retries or isinstance(e, AnsibleAuthenticationFailure):
+                    raise
+                time.sleep(min(2 ** attempt - 1, 30))
+
+    def connect_once(self, account, interpreter):
+        wanted = interpreter.words if interpreter else []
+        for plan in account:
+            hello = self.open(plan, wanted)
+        if interpreter and not is_interpreter(hello, wanted):
+            self.open(interpreter, wanted)
+
+    def open(self, plan, wanted):
+        candidates = (wanted if len(wanted) == 1 else []) + python_names()
+        try:
+            return client().open(plan, candidates)
+        except LoginRefused as e:
+            raise AnsibleAuthenticationFailure('%s: %s' % (self.where(), e))
+        except BecomeRefused as e:
+            raise AnsibleError(str(e))
+        except HopTimeout as e:
+            raise AnsibleConnectionFailure('%s: %s' % (self.where(), e))
+        except HopFailed as e:
+            if self.connection.transport == 'ssh' and plan.parent is None and e.head.get('code') == 255:
+                raise AnsibleConnectionFailure('Failed to connect to the host via ssh: %s' % e.head['stderr'].rstrip())
+            raise NoAgent('%s: %s' % (plan.what, e))
+
+    def where(self):
+        return '%s@%s' % (self.context.remote_user or '', self.context.remote_addr)
+
+
+# Where Ansible looks for a Python when it is told nothing.
+def python_names():
+    return list(C.config.get_config_value('INTERPRETER_PYTHON_FALLBACK'))
+
+
+# What Ansible's become plugin made of a command. The text is the real one: whoever else asked for it can use it.
+@dataclasses.dataclass
+class Escalation:
+    plain: str
+    wrapped: str
+
+
+# A command line as it reaches exec_command, taken apart: the shell, what it is to run, and whether in the become account.
+class Command:
+    def __init__(self, text, escalation, executable):
+        shell = executable + ' -c ' if executable else ''
+        wrapped = [shlex.quote(escalation.wrapped), escalation.wrapped] if escalation else []
+        tail = next((tail for tail in wrapped if text.endswith(tail)), None)
+        self.escalated = tail is not None
+        if self.escalated:
+            self.plain, shell = escalation.plain, text[:-len(tail)]
+        elif shell and text.startswith(shell):
+            self.plain = shlex.split(text[len(shell):])[0]
+        else:
+            self.plain, shell = text, ''
+        self.argv = (shlex.split(shell) or ['/bin/sh', '-c']) + [self.plain]
+
+    # The interpreter that a module is piped to, as words, and the environment in front of it.
+    def interpreter(self):
+        words = shlex.split(self.plain)
+        env = {}
+        while words and re.match(r'[A-Za-z_]\w*=', words[0]):
+            name, value = words.pop(0).split('=', 1)
+            env[name] = value
+        return words, env
+
+
+# 6 PAYLOADS ##########################################################################################################
+# Ansible's module builder finds all files that a module needs, zips them, and wraps the zip and the parameters into a
+# Python text. We let it, with another class in the place of ZipFile: what it takes for the zip is the hash of a table
+# of contents. So each version of Ansible decides for itself what belongs into a module, and a task costs 1 ms where
+# base64 and repr of 130 kB took 3.
+
+COMPRESSION = 'MITOGEN_SINGLE'      # the name under which the builder files such modules in its cache
+_building_for_agent = False         # set while a module for one of our connections is built
+
+
+class Payload(bytes):
+    toc: str                # hash of the table of contents
+    fqn: str                # the module's full name
+    params: bytes           # its parameters, as Ansible encoded them
+    profile: str            # how they and the result are encoded; '' before ansible-core 2.19
+    rlimit: int             # RLIMIT_NOFILE for it, or 0
+    real_bytes: object      # () -> what Ansible would have sent without us
+    rebuild: object         # () -> the same Payload, its sources offered to the broker once more
+
+    def head(self):
+        return dict(call='run', toc=self.toc, fqn=self.fqn, profile=self.profile, rlimit=self.rlimit)
+
+
+def building_for_connection(configure_module):
+    def patched_configure(action, *args, **kwargs):
+        global _building_for_agent
+        before = _building_for_agent
+        _building_for_agent = is_carried(action._connection)
+        try:
+            return configure_module(action, *args, **kwargs)
+        finally:
+            _building_for_agent = before
+    return patched_configure
+
+
+def making_payloads(modify_module):
+    def patched_modify(*args, **kwargs):
+        if not _building_for_agent or not is_plain_run(kwargs.get('task_vars')):
+            return modify_module(*args, **kwargs)
+
+        def build():
+            return modify_module(*args, **dict(kwargs, module_compression=COMPRESSION))
+
+        def real_bytes():
+            return module_bytes(modify_module(*args, **kwargs))
+
+        def rebuild():
+            forget_catalogues()
+            return module_bytes(with_payload(build(), real_bytes, rebuild))
+
+        return with_payload(build(), real_bytes, rebuild)
+    return patched_modify
+
+
+# The builder's cache for this run: what is filed there was offered to a broker that is no more.
+def forget_catalogues():
+    for entry in os.scandir(os.path.join(C.DEFAULT_LOCAL_TMP, 'ansiballz_cache')):
+        if COMPRESSION in entry.name:
+            os.unlink(entry.path)
+
+
+# What modify_module returns is a tuple up to ansible-core 2.18, a dataclass since.
+def module_bytes(built):
+    return built[0] if isinstance(built, tuple) else built.b_module_data
+
+
+def with_payload(built, real_bytes, rebuild):
+    data = module_bytes(built)
+    if TOC_MARK not in data:
+        return built            # not a Python module: nothing of it was catalogued
+    payload = Payload(data)
+    vars(payload).update(parse_wrapper(data.decode()), real_bytes=real_bytes, rebuild=rebuild)
+    if isinstance(built, tuple):
+        return (payload,) + built[1:]
+    return dataclasses.replace(built, b_module_data=payload)
+
+
+# The wrapper's own literals are the one place where all versions of Ansible tell what they encoded, and how.
+def parse_wrapper(text):
+    call = '_ansiballz_main(\n'
+    if call + 'ansible_module=' in text:
+        keywords = ast.parse(text[text.rindex(call + 'ansible_module='):]).body[0].value.keywords
+        value = {k.arg: ast.literal_eval(k.value) for k in keywords if k.arg != 'date_time'}
+    else:
+        value = parse_legacy_wrapper(text)
+    return dict(toc=base64.b64decode(value['zip_data']).decode().split(':')[1], fqn=value['module_fqn'],
+                params=value['params'].encode(), profile=value['profile'], rlimit=value['rlimit_nofile'])
+
+
+# Up to ansible-core 2.18.
+def parse_legacy_wrapper(text):
+    def literal(pattern, default=None):
+        found = re.search(pattern, text, re.M)
+        return ast.literal_eval(found.group(1)) if found else default
+
+    return dict(zip_data=literal(r'^ +ZIPDATA = (.+)$'), params=literal(r'^ +ANSIBALLZ_PARAMS = (.+)$'), profile='',
+                module_fqn=literal(r"run_module\(mod_name=('[^']+')"),
+                rlimit_nofile=literal(r'min\(existing_hard, (\d+)\)', 0))
+
+
+# A debugger or a coverage run wants its files on the target.
+def is_plain_run(task_vars):
+    return not any(C.config.get_config_value(name, variables=task_vars)
+                   for name in ('_ANSIBALLZ_PYDEVD_CONFIG', '_ANSIBALLZ_DEBUGPY_CONFIG', '_ANSIBALLZ_COVERAGE_CONFIG')
+                   if C.config.get_configuration_definition(name)) and '_ANSIBLE_COVERAGE_CONFIG' not in os.environ
+
+
+def transferring_real_bytes(transfer_data):
+    def patched_transfer(action, remote_path, data):
+        return transfer_data(action, remote_path, data.real_bytes() if isinstance(data, Payload) else data)
+    return patched_transfer
+
+
+def always_pipelining(is_pipelining_enabled):
+    def patched_is_enabled(action, module_style, wrap_async=False):
+        if is_carried(action._connection):
+            return module_style == 'new' and not wrap_async and not C.DEFAULT_KEEP_REMOTE_FILES
+        return is_pipelining_enabled(action, module_style, wrap_async)
+    return patched_is_enabled
+
+
+# The zipfile module as the module builder sees it.
+def with_catalogue(original):
+    namespace = types.SimpleNamespace(**{name: getattr(original, name) for name in original.__all__})
+    namespace.ZipFile = catalogue_or_zip
+    setattr(namespace, COMPRESSION, COMPRESSION)
+    return namespace
+
+
+def catalogue_or_zip(file, mode='r', compression=zipfile.ZIP_STORED, **kwargs):
+    if compression == COMPRESSION:
+        return Catalogue(file)
+    return zipfile.ZipFile(file, mode=mode, compression=compression, **kwargs)
+
+
+TOC_MARK = base64.b64encode(b'MITOGEN_SINGLE:')     # what stands in front of the hash, as it appears in the wrapper
+
+
+# Takes what a ZipFile takes; writes a hash; offers the contents to the broker.
+class Catalogue:
+    compression = zipfile.ZIP_STORED        # asked for by whoever makes a ZipInfo for it
+
+    def __init__(self, file):
+        self.file = file
+        self.members = {}
+
+    def writestr(self, info, data):
+        name = info if isinstance(info, str) else info.filename
+        self.members[name] = data.encode() if isinstance(data, str) else bytes(data)
+
+    def namelist(self):
+        return list(self.members)
+
+    def close(self):
+        digests = {path: hashlib.sha1(data).digest() for path, data in self.members.items()}
+        table = json.dumps({path: digest.hex() for path, digest in digests.items()}, sort_keys=True).encode()
+        toc = hashlib.sha1(table).digest()
+        client().offer(toc, [(toc, table)] + [(digests[path], data) for path, data in self.members.items()])
+        self.file.write(b'MITOGEN_SINGLE:' + toc.hex().encode())
+
+
+# 7 CLIENT ############################################################################################################
+# A worker's end of the broker's socket. Everything here blocks, one request at a time. What is raised says what to do
+# about it; §5 says it in Ansible's terms.
+
+
+class CallFailed(Exception):
+    """The agent could not do it: the text says why."""
+
+
+class NotConnected(CallFailed):
+    """There is no such agent yet, or no more."""
+
+
+class UnknownModule(CallFailed):
+    """The broker does not have the sources; build the module again."""
+
+
+class LinkLost(CallFailed):
+    """The agent, or the way to it, went away while it worked on the request."""
+
+
+class NoAgent(Exception):
+    """The account is there, but no agent can be: no Python, say."""
+
+
+class HopFailed(Exception):
+    def __init__(self, head):
+        super().__init__(' '.join(str(head.get(name) or '').strip() for name in ('text', 'tty', 'stdout', 'stderr')).strip())
+        self.head = head
+
+
+class HopTimeout(HopFailed):
+    pass
+
+
+class LoginRefused(Exception):
+    pass
+
+
+class BecomeRefused(Exception):
+    pass
+
+
+FAILURES = {'closed': NotConnected, 'toc': UnknownModule, 'lost': LinkLost}
+_local = threading.local()
+
+
+# One for each thread of each process: a forked worker must not use its parent's.
+def client():
+    if getattr(_local, 'pid', None) != os.getpid() or _local.client.sock is None:
+        _local.client, _local.pid = Client(door()), os.getpid()
+    return _local.client
+
+
+class Client:
+    def __init__(self, door):
+        self.sock, theirs = socket.socketpair()
+        self.inbox = b''
+        self.request = 0
+        with theirs:
+            try:
+                socket.send_fds(door, [b'c'], [theirs.fileno()])
+            except OSError as e:
+                raise LinkLost('the broker is gone (%s)' % e)
+
+    # head['to']: keys of agents, the first that is there and has the interpreter gets the call. `source`: a file to
+    # stream behind it. on_data(channel, bytes) takes what comes before the reply.
+    def call(self, head, body=b'', source=None, on_data=None):
+        with self.on_the_line():
+            more = len(body) > CHUNK or source is not None
+            self.send(CALL, pack(dict(head, more=more), body[:CHUNK]))
+            for at in range(CHUNK, len(body), CHUNK):
+                self.send(DATA, b'\0' + body[at:at + CHUNK])
+            if more and source is None:
+                self.send(END)
+            return self.converse(source, on_data, acknowledge=head['call'] == 'get')
+
+    def converse(self, source, on_data, acknowledge):
+        room = WINDOW
+        while True:
+            while source and room >= CHUNK:
+                data = source.read(CHUNK)
+                room -= len(data)
+                self.send(DATA, b'\0' + data) if data else self.send(END)
+                source = source if data else None
+            kind, payload = self.receive()
+            if kind == REPLY:
+                return unpack(payload)[0]
+            if kind == FAIL:
+                head = unpack(payload)[0]
+                raise FAILURES.get(head['kind'], CallFailed)(head['text'])
+            if kind == ACK:
+                room += struct.unpack('>I', payload)[0]
+            elif kind == DATA:
+                on_data(payload[0], payload[1:])
+                if acknowledge:
+                    self.send(ACK, struct.pack('>I', len(payload) - 1))
+
+    # Start the agent of a plan, or wait until somebody else has. Its program may ask: the dialogue knows what to say.
+    def open(self, plan, candidates):
+        dialogue = plan.dialogue()
+        with self.on_the_line():
+            self.send(CALL, pack(dict(call='open', key=plan.key, parent=plan.parent, spec=plan.spec(candidates))))
+            while True:
+                kind, payload = self.receive()
+                if kind == REPLY:
+                    return unpack(payload)[0]
+                if kind == FAIL:
+                    dialogue.failed(unpack(payload)[0])
+                if kind == DATA:
+                    channel, answer = dialogue.hear(payload[0], payload[1:])
+                    if answer is not None:
+                        self.send(DATA, bytes([channel]) + answer)
+
+    def offer(self, toc, blobs):
+        with self.on_the_line():
+            for blob in blobs:
+                self.send(BLOBS, pack_blobs([blob]))
+            self.send(CALL, pack(dict(call='offer', toc=toc.hex())))
+            self.receive()
+
+    # Close the link to an agent, and so all that is behind it.
+    def drop(self, key):
+        with self.on_the_line():
+            self.send(CALL, pack(dict(call='drop', key=key)))
+            self.receive()
+
+    # A request that is given up halfway leaves frames behind that belong to nobody: the line is closed, which also
+    # tells the broker to give it up.
+    @contextlib.contextmanager
+    def on_the_line(self):
+        self.request += 1
+        try:
+            yield
+        except CallFailed as e:
+            if isinstance(e, BrokerGone):
+                self.close()
+            raise
+        except BaseException:
+            self.close()
+            raise
+
+    def close(self):
+        if self.sock:
+            self.sock.close()
+            self.sock = None
+
+    def send(self, kind, payload=b''):
+        try:
+            self.sock.sendall(HEADER.pack(kind, 0, 0, self.request, len(payload)) + payload)
+        except OSError as e:
+            raise BrokerGone('the broker is gone (%s)' % e)
+
+    # The next frame of the current request; what an earlier one left is dropped.
+    def receive(self):
+        while True:
+            kind, _, _, request, size = HEADER.unpack(self.read(HEADER.size))
+            payload = self.read(size)
+            if request == self.request:
+                return kind, payload
+
+    def read(self, size):
+        while len(self.inbox) < size:
+            try:
+                data = self.sock.recv(max(size - len(self.inbox), 65536))
+            except OSError:
+                data = b''
+            if not data:
+                raise BrokerGone('the broker is gone')
+            self.inbox += data
+        data, self.inbox = self.inbox[:size], self.inbox[size:]
+        return data
+
+
+class BrokerGone(LinkLost):
+    pass
+
+
+# 8 BROKER ############################################################################################################
+# A process of its own, forked from ansible-playbook: one loop, which owns the link to every host. Workers get a
+# socket by handing one end of a pair through the door, a socket that only children of ansible-playbook have: there is
+# no path that anybody else could connect to.
+
+_broker = None          # (pid of the owner, pid of the broker, our end of the door)
+
+
+# The door of this run's broker, which is started, or started again, by the process that owns it.
+def door():
+    global _broker
+    if _broker and _broker[0] == os.getpid() and os.waitpid(_broker[1], os.WNOHANG)[0]:
+        _broker[2].close()
+        _broker = None
+    if not _broker:
+        ours, theirs = socket.socketpair()
+        core()                  # made here, once, and inherited
+        pid = os.fork()
+        if not pid:
+            run_broker(theirs)
+        theirs.close()
+        _broker = os.getpid(), pid, ours
+        atexit.register(ours.close)
+    return _broker[2]
+
+
+# In the child of the fork: never returns.
+def run_broker(door):
+    try:
+        os.setsid()
+        for number in (signal.SIGINT, signal.SIGHUP, signal.SIGPIPE, signal.SIGTERM, signal.SIGQUIT):
+            signal.signal(number, signal.SIG_IGN)
+        null = os.open(os.devnull, os.O_RDWR)
+        for fd in range(3):
+            os.dup2(null, fd)
+        close_fds(keep=door.fileno())
+        gc.freeze()
+        Broker(door).run()
+    finally:
+        os._exit(1)
+
+
+# The way to one agent. Without a hello it is being opened, guided by the client that came first.
+class Link:
+    def __init__(self, number, head, parent, guide):
+        self.number = number
+        self.head = head            # the 'open' request it was made from
+        self.key = head['key']
+        self.parent = parent        # the Link behind which it is, or None
+        self.guide = guide          # (client stream, request) that answers its prompts
+        self.waiters = []           # (client stream, request, head) of those who came later
+        self.hop = None             # the Hop, for a link that starts here
+        self.stream = None          # the stream that leads there
+        self.request = None         # ours to the parent agent, while it is being opened there
+        self.hello = None           # what the agent said of itself, once it is up
+        self.has = set()            # sha1 of the blobs that we know it has
+
+    def ancestors(self):
+        link = self.parent
+        while link:
+            yield link
+            link = link.parent
+
+
+# What a client asked and an agent has not answered yet.
+@dataclasses.dataclass
+class Request:
+    client: object          # its stream
+    request: int            # the client's number for it
+    link: Link              # who works on it
+    opens: Link = None      # the link that it opens, if that is what it is
+
+
+class Broker:
+    def __init__(self, door):
+        self.door = door
+        self.parent_pid = os.getppid()
+        self.loop = Loop()
+        self.links = {}             # key -> Link
+        self.numbers = {}           # number -> Link
+        self.requests = {}          # our number -> Request
+        self.clients = {}           # client stream -> {its request: our request}
+        self.blobs = {}             # sha1 -> bytes
+        self.tables = {}            # hex sha1 of a table of contents -> sha1 of all it needs
+        self.serial = itertools.count(1)
+
+    def run(self):
+        self.loop.start()
+        self.loop.watch(private(self.door.fileno()), readable=self.admit)
+        self.watch_parent()
+        while self.loop.running:
+            self.loop.turn()
+        for link in list(self.links.values()):
+            self.close_link(link)
+        deadline = now() + 4
+        while self.loop.exits and now() < deadline:
+            self.loop.later(0.1, lambda: None)
+            self.loop.turn()
+        os._exit(0)
+
+    # kill -9 closes our door only when the last of its children is gone too: look at who our parent is as well.
+    def watch_parent(self):
+        if os.getppid() != self.parent_pid:
+            self.loop.running = False
+        self.loop.later(1, self.watch_parent)
+
+    def admit(self):
+        try:
+            data, fds, _, _ = socket.recv_fds(self.door, 1, 1)
+        except BlockingIOError:
+            return
+        if not data:
+            self.loop.running = False
+        for fd in fds:
+            stream = Stream(self.loop, private(fd), fd, self.from_client, self.client_gone)
+            self.clients[stream] = {}
+            stream.listen()
+
+    # ---- from clients
+
+    def from_client(self, stream, kind, node, request, payload):
+        getattr(self, 'client_' + KINDS[kind].lower())(stream, request, payload)
+
+    def client_call(self, stream, request, payload):
+        head, body = unpack(payload)
+        getattr(self, 'call_' + head['call'], self.forward)(stream, request, head, body)
+
+    def client_blobs(self, stream, request, payload):
+        self.blobs.update(unpack_blobs(payload))
+
+    def client_data(self, stream, request, payload):
+        self.pass_on(stream, DATA, request, payload)
+
+    def client_end(self, stream, request, payload):
+        self.pass_on(stream, END, request, payload)
+
+    def client_ack(self, stream, request, payload):
+        self.pass_on(stream, ACK, request, payload)
+
+    def pass_on(self, stream, kind, request, payload):
+        ours = self.clients[stream].get(request)
+        if ours not in self.requests:
+            return
+        opened = self.requests[ours].opens
+        if opened and opened.hop:
+            opened.hop.answer(payload[0], payload[1:])
+        else:
+            self.tell(self.requests[ours].link, kind, ours, payload)
+
+    def client_gone(self, stream, why):
+        for ours in list(self.clients.pop(stream).values()):
+            request = self.requests.pop(ours, None)
+            if request and request.opens:
+                self.replace_guide(request.opens, ours)
+            elif request:
+                self.tell(request.link, CANCEL, ours)
+        for link in self.links.values():
+            link.waiters = [waiter for waiter in link.waiters if waiter[0] is not stream]
+
+    # Whoever answered the prompts is gone: the next one in the queue starts from the beginning.
+    def replace_guide(self, link, ours):
+        self.forget(link)
+        if link.hop:
+            link.hop.kill()
+        else:
+            self.tell(link.parent, CANCEL, ours)
+        for waiter in link.waiters:
+            self.call_open(*waiter, b'')
+
+    def answer(self, stream, kind, request, payload=b''):
+        if stream in self.clients:
+            self.clients[stream].pop(request, None)
+            stream.send(kind, 0, request, payload)
+
+    def fail(self, stream, request, kind, text):
+        self.answer(stream, FAIL, request, pack(dict(kind=kind, text=text)))
+
+    # ---- calls
+
+    def call_offer(self, stream, request, head, body):
+        toc = bytes.fromhex(head['toc'])
+        digests = [bytes.fromhex(digest) for digest in json.loads(self.blobs[toc]).values()]
+        self.tables[head['toc']] = [toc] + sorted(set(digests))
+        self.answer(stream, REPLY, request, pack({}))
+
+    def call_drop(self, stream, request, head, body):
+        if head['key'] in self.links:
+            self.close_link(self.links[head['key']])
+        self.answer(stream, REPLY, request, pack({}))
+
+    def call_open(self, stream, request, head, body):
+        link = self.links.get(head['key'])
+        if link and link.hello:
+            self.answer(stream, REPLY, request, pack(link.hello))
+        elif link:
+            link.waiters.append((stream, request, head))
+        elif head['parent'] and not getattr(self.links.get(head['parent']), 'hello', None):
+            self.fail(stream, request, 'closed', 'the way there was closed')
+        else:
+            self.open(stream, request, head)
+
+    def open(self, stream, request, head):
+        link = Link(next(self.serial), head, self.links.get(head['parent']), (stream, request))
+        self.links[link.key] = self.numbers[link.number] = link
+        ours = next(self.serial)
+        self.requests[ours] = Request(stream, request, link.parent or link, opens=link)
+        self.clients[stream][request] = ours
+        link.request = ours
+        if link.parent:
+            link.stream = link.parent.stream
+            for above in link.parent.ancestors():
+                above.stream.send(ROUTE, above.number, self.next_hop(above, link.parent), struct.pack('>I', link.number))
+            self.tell(link.parent, CALL, ours, pack(dict(head['spec'], call='hop', node=link.number)))
+        else:
+            link.hop = Hop(self.loop, head['spec'], core(), '/', functools.partial(self.hop_says, link),
+                           functools.partial(self.hop_is_up, link), functools.partial(self.hop_failed, link),
+                           functools.partial(self.link_is_down, link))
+            link.stream = link.hop.stream
+
+    # The child of `above` on the way to `link`.
+    def next_hop(self, above, link):
+        while link.parent is not above:
+            link = link.parent
+        return link.number
+
+    # What a client wants of an agent. The sources that the agent lacks go in front of it, in the same write.
+    def forward(self, stream, request, head, body):
+        link = self.choose(head['to'], head['interpreter'])
+        if not link:
+            return self.fail(stream, request, 'closed', 'not connected')
+        if 'toc' in head:
+            if head['toc'] not in self.tables:
+                return self.fail(stream, request, 'toc', 'sources unknown')
+            self.supply(link, self.tables[head['toc']])
+        ours = next(self.serial)
+        self.requests[ours] = Request(stream, request, link)
+        self.clients[stream][request] = ours
+        self.tell(link, CALL, ours, pack(head, body))
+
+    def choose(self, keys, interpreter):
+        for link in map(self.links.get, keys):
+            if link and link.hello and (not interpreter or link.key != keys[-1]
+                                        or is_interpreter(link.hello, interpreter)):
+                return link
+
+    # Over each link once: an agent hands on to those behind it what it has itself.
+    def supply(self, link, digests):
+        missing = [digest for digest in digests if digest not in link.has]
+        link.has.update(missing)
+        if link.parent and missing:
+            self.supply(link.parent, missing)
+            self.tell(link.parent, SHARE, 0, struct.pack('>I', link.number) + b''.join(missing))
+        elif missing:
+            for blobs in batches([(digest, self.blobs[digest]) for digest in missing]):
+                self.tell(link, BLOBS, 0, pack_blobs(blobs))
+
+    def tell(self, link, kind, request, payload=b''):
+        if link.stream:
+            link.stream.send(kind, link.number, request, payload)
+
+    # ---- from agents
+
+    def from_agent(self, top, stream, kind, node, request, payload):
+        link = self.numbers.get(node)
+        if not link or link.stream is not stream:
+            raise ProtocolError('an agent spoke for another one')
+        if kind == DOWN:
+            return self.link_is_down(link, unpack(payload)[0]['text'])
+        asked = self.requests.get(request)
+        if not asked:
+            return      # given up meanwhile
+        if asked.link is not link or kind not in (DATA, ACK, REPLY, FAIL):
+            raise ProtocolError('an answer to a question that was not asked')
+        if asked.opens:
+            self.hop_frame(asked.opens, kind, payload)
+        elif kind in (DATA, ACK):
+            asked.client.send(kind, 0, asked.request, payload)
+        else:
+            del self.requests[request]
+            self.answer(asked.client, kind, asked.request, payload)
+
+    # What the parent agent tells of a hop that it starts for us.
+    def hop_frame(self, link, kind, payload):
+        if kind == DATA:
+            self.hop_says(link, payload[0], payload[1:])
+        elif kind == REPLY:
+            self.hop_is_up(link, unpack(payload)[0], link.parent.stream)
+        elif kind == FAIL:
+            self.hop_failed(link, unpack(payload)[0])
+
+    def hop_says(self, link, channel, data):
+        stream, request = link.guide
+        if stream in self.clients:
+            stream.send(DATA, 0, request, bytes([channel]) + data)
+
+    def hop_is_up(self, link, hello, stream):
+        link.hello = hello
+        if link.hop:
+            stream.receive = functools.partial(self.from_agent, link)
+        self.requests.pop(link.request, None)
+        for client, request, *_ in [link.guide] + link.waiters:
+            self.answer(client, REPLY, request, pack(hello))
+        link.waiters = []
+
+    def hop_failed(self, link, head):
+        self.forget(link)
+        self.requests.pop(link.request, None)
+        for client, request, *_ in [link.guide] + link.waiters:
+            self.answer(client, FAIL, request, pack(head))
+
+    def link_is_down(self, link, text):
+        for below in [other for other in self.links.values() if link in other.ancestors()] + [link]:
+            self.forget(below)
+            for ours, asked in list(self.requests.items()):
+                if asked.link is below:
+                    del self.requests[ours]
+                    self.fail(asked.client, asked.request, 'lost', text)
+
+    def close_link(self, link):
+        self.link_is_down(link, 'the connection was reset')
+        if link.hop:
+            link.hop.kill()
+
+    def forget(self, link):
+        self.numbers.pop(link.number, None)
+        if self.links.get(link.key) is link:
+            del self.links[link.key]
+
+
+# Whether an agent is, or can pass for, this interpreter: the same program under another of its names.
+def is_interpreter(hello, words):
+    return len(words) == 1 and words[0] in hello['names']
+
+
+def batches(blobs, limit=1 << 20):
+    batch, size = [], 0
+    for digest, blob in blobs:
+        if batch and size + len(blob) > limit:
+            yield batch
+            batch, size = [], 0
+        batch.append((digest, blob))
+        size += len(blob)
+    yield batch
+
+
+# 9 HOPS ##############################################################################################################
+# How to get from here to there: the command line that starts a program on the other side, and what to answer when it
+# asks. Both come from the stock plugins. A command line is caught at the moment at which the plugin spawns it, so
+# whatever options the plugin knows, we honour.
+
+MARK = 'MITOGEN-SINGLE-%s' % os.urandom(8).hex()       # what an agent prints when it is ready for the core
+PLACEHOLDER = 'MITOGEN-SINGLE-COMMAND'                  # stands for the bootstrap in the identity of a link
+
+
+# One hop: `key` identifies the agent to which it leads, `spec(candidates)` is what a Hop needs to start it.
+@dataclasses.dataclass
+class Plan:
+    what: str               # for messages
+    key: str
+    parent: str             # key of the agent that starts it; None: the broker does
+    spec: object            # (names of interpreters) -> dict
+    dialogue: object        # () -> Dialogue
+    words: list = None      # the interpreter, for a hop to another one
+
+
+def digest(*parts):
+    return hashlib.sha1(json.dumps(parts, default=str).encode('utf-8', 'surrogateescape')).hexdigest()
+
+
+def login_plan(connection, shell, patience):
+    argv, cwd, env = connection.agent_argv(PLACEHOLDER)
+    squeeze = connection.transport != 'local'
+
+    def spec(candidates):
+        command = '%s -c %s' % (shell, shlex.quote(bootstrap(candidates, squeeze)))
+        argv, cwd, env = connection.agent_argv(command)
+        return dict(argv=argv, cwd=cwd or os.getcwd(), env=env, mark=MARK, eager=True, patience=patience,
+                    squeeze=squeeze)
+
+    key = digest(connection.transport, argv, env, password_of(connection))
+    return Plan('login', key, None, spec, functools.partial(LoginDialogue, password_of(connection)))
+
+
+def password_of(connection):
+    for name in ('password', 'private_key_passphrase'):
+        try:
+            if connection.get_option(name):
+                return connection.get_option(name)
+        except (KeyError, AttributeError):
+            continue
+    return connection._play_context.password
+
+
+def become_plan(parent, plugin, build, shell, executable, patience, cwd):
+    identity = build(PLACEHOLDER, shell).replace(plugin._id or '\0', '')
+    password = plugin.get_option('become_pass')
+
+    def spec(candidates):
+        command = build(bootstrap(candidates, False), shell)
+        return dict(argv=[executable, '-c', command], cwd=cwd, mark=MARK, eager=not plugin.expect_prompt(),
+                    patience=patience)
+
+    return Plan('become', digest(parent.key, identity, password), parent.key, spec,
+                functools.partial(BecomeDialogue, plugin, password))
+
+
+def interpreter_plan(parent, words, patience):
+    def spec(candidates):
+        return dict(argv=words + ['-c', first_stage(False)], mark=MARK, eager=True, patience=patience)
+
+    return Plan('interpreter', digest(parent.key, words), parent.key, spec, Dialogue, words)
+
+
+class Caught(BaseException):    # not an Exception: the stock plugins retry on those
+    pass
+
+
+# What the stock plugin would spawn to run a command: argv, cwd, env. Any other program that it starts on the way, to
+# look for a version or a container, it does start.
+def caught(connection, exec_command, command):
+    start = subprocess.Popen.__init__
+
+    def catch(process, args, *more, **options):
+        words = [args] if isinstance(args, (str, bytes)) else list(args)
+        words = [os.fsdecode(word) for word in words]
+        if not any(command in word for word in words):
+            return start(process, args, *more, **options)
+        if options.get('shell'):
+            words = [options.get('executable') or '/bin/sh', '-c'] + words
+        raise Caught(words, options.get('cwd'), options.get('env'))
+
+    subprocess.Popen.__init__ = catch
+    try:
+        with quiet(connection._display), without_password_helper(connection):
+            exec_command(command, in_data=b'-', sudoable=False)
+    except Caught as e:
+        argv, cwd, env = e.args
+        return without_sshpass(argv), os.fsdecode(cwd) if cwd else None, env
+    finally:
+        subprocess.Popen.__init__ = start
+    raise NoAgent('this connection plugin starts no program')
+
+
+# What it displays is about a command that nobody asked for.
+@contextlib.contextmanager
+def quiet(display):
+    verbosity, display.verbosity = display.verbosity, 0
+    try:
+        yield
+    finally:
+        display.verbosity = verbosity
+
+
+# The stock ssh plugin answers ssh's prompt through sshpass or SSH_ASKPASS. We do it ourselves, on a pty.
+@contextlib.contextmanager
+def without_password_helper(connection):
+    mechanism = getattr(connection, '_options', {}).get('password_mechanism')
+    connection._sshpass_available = lambda: True
+    if mechanism:
+        connection.set_option('password_mechanism', 'disable')
+    try:
+        yield
+    finally:
+        del connection._sshpass_available
+        if mechanism:
+            connection.set_option('password_mechanism', mechanism)
+        for fd in getattr(connection, 'sshpass_pipe', None) or ():
+            os.close(fd)
+        connection.sshpass_pipe = None
+
+
+def without_sshpass(argv):
+    if argv[0] != 'sshpass':
+        return argv
+    return argv[4:] if argv[2] == '-P' else argv[2:]
+
+
+# Hears what a program says before it is an agent, by channel; says what to answer, and where.
+class Dialogue:
+    def hear(self, channel, data):
+        return channel, None
+
+    def failed(self, head):
+        raise (HopTimeout if head['kind'] == 'timeout' else HopFailed)(head)
+
+
+# ssh asks on its terminal. A password is tried once: a second question means that it was wrong, and a third attempt
+# may lock the account. Without one, an empty line makes ssh try its next way; host keys are never accepted blindly.
+class LoginDialogue(Dialogue):
+    def __init__(self, password):
+        self.password = password
+        self.heard = b''
+        self.asked = 0
+
+    def hear(self, channel, data):
+        if channel != TTY:
+            return channel, None
+        self.heard += data
+        if re.search(rb'\(yes/no[^)]*\)\?\s*$', self.heard):
+            self.heard = b''
+            return TTY, b'no\n'
+        if not re.search(rb'(assword|assphrase|PIN|code)[^\n]*:\s*$', self.heard, re.I):
+            return TTY, None
+        self.asked += 1
+        self.heard = b''
+        if self.password and self.asked > 1:
+            raise LoginRefused('Invalid/incorrect password: the login was refused')
+        return TTY, (self.password or '').encode('utf-8', 'surrogateescape') + b'\n'
+
+
+# Whether it asks, and what it says of a password, the become plugin knows.
+class BecomeDialogue(Dialogue):
+    def __init__(self, plugin, password):
+        self.plugin = plugin
+        self.password = password
+        self.heard = {}             # channel -> what came since the last answer
+        self.answered = False
+
+    def hear(self, channel, data):
+        heard = self.heard[channel] = self.heard.get(channel, b'') + data
+        if self.plugin.check_success(heard):
+            return channel, None
+        if self.answered and self.plugin.check_incorrect_password(heard):
+            raise BecomeRefused('Incorrect %s password' % self.plugin.name)
+        if self.plugin.check_missing_password(heard):
+            raise BecomeRefused('Missing %s password' % self.plugin.name)
+        if not self.plugin.expect_prompt() or not self.plugin.check_password_prompt(heard):
+            return channel, None
+        if self.answered:
+            raise BecomeRefused('Incorrect %s password' % self.plugin.name)
+        self.answered, self.heard = True, {}
+        return (TTY if channel == TTY else STDIN), self.password.encode('utf-8', 'surrogateescape') + b'\n'
+
+    def failed(self, head):
+        if head['kind'] == 'timeout':
+            head['text'] = 'Timeout waiting for privilege escalation prompt: ' + head['text']
+        super().failed(head)
+
+
+# 10 SHIPPING #########################################################################################################
+# The part of this file below the fence, as it travels: comments blanked, line numbers kept, so that a traceback from a
+# target names the true line of this file.
+
+FENCE = '# ======== everything below this line is sent to targets'
+
+
+@functools.lru_cache(maxsize=None)
+def core():
+    source = inspect.getsource(sys.modules[__name__])
+    above, fence, below = source.partition('\n' + FENCE)
+    text = re.sub(r'(?m)^[ \t]*#.*$', '', fence + below)
+    return zlib.compress(('\n' * above.count('\n') + text).encode('ascii'), 9)
+
+
+# What Python runs first: say that it is there, read the core, run it. One line without a quote or an exclamation
+# mark that a login shell could take for its own.
+def first_stage(squeeze):
+    code = ('import os,zlib\\nos.write(1,b"{mark}")\\nd=b""\\nwhile len(d)<{size}:\\n c=os.read(0,{size}-len(d))\\n'
+            ' if not c:os._exit(98)\\n d+=c\\ng=dict(__name__="mitogen_single")\\n'
+            'exec(compile(zlib.decompress(d),"mitogen_single.py","exec"),g)\\ng["main"](d,{squeeze})')
+    code = code.format(mark=MARK, size=len(core()), squeeze=bool(squeeze))
+    return "exec('%s')" % code
+
+
+# What /bin/sh runs before that: the first of these interpreters that is there.
+def bootstrap(candidates, squeeze):
+    names = ' '.join(shlex.quote(name) for name in candidates)
+    return ('for p in %s; do p=`command -v "$p"` && exec "$p" -c %s; done; echo %s: no Python found >&2; exit 97'
+            % (names, shlex.quote(first_stage(squeeze)), MARK))
+
+
+# 11 COMMAND LINE #####################################################################################################
+
+
+def command_line(argv):
+    if argv == ['--version']:
+        print('mitogen_single', __version__)
+
+
+# ======== everything below this line is sent to targets: Python 2.7 and 3.6+, stdlib only, no import side effects ========
+# Rules for what follows: ASCII, no docstrings, no f-strings, comments on lines of their own (they are blanked
+# before the text travels, the line numbers stay), nothing that runs at import. The broker imports it, targets
+# receive it; both speak to each other only in the messages below.
+
+# 12 WIRE #############################################################################################################
+# A frame is a header and a payload. `node` is the agent that a frame goes to (down) or comes from (up), `request`
+# ties an answer to its question. Payloads that are worth it go through the stream's own zlib context, so the
+# hundredth task costs about 100 bytes where the first cost 1 kB.
+import collections
+import errno
+import fcntl
+import hashlib
+import heapq
+import json
+import os
+import select
+import signal
+import stat
+import struct
+import sys
+import time
+import zlib
+
+PY2 = sys.version_info[0] == 2
+now = time.time if PY2 else time.monotonic
+HEADER = struct.Struct('>BBIII')    # kind, flags, node, request, bytes of payload
+MAX_FRAME = 16 << 20                # a longer one is a protocol error: whoever sends it is broken or hostile
+CHUNK = 128 << 10                   # bytes of file or output per DATA: small ones cost CPU, large ones delay others
+WINDOW = 4 << 20                    # bytes of a file that may be under way: 80 MB/s at 50 ms, and the memory it costs
+SQUEEZED = 1                        # flag: the payload went through the sender's zlib context
+
+# The message table. Every kind has one handler `on_<name>` in Agent and one in Broker.
+#   name     payload                              sent by    meaning
+#   HELLO    json: who and what the agent is      agent      the first frame of a new agent
+#   CALL     pack(head, body)                     broker     a request; head['call'] names the handler, call_<name>
+#   DATA     channel byte, bytes                  both       more of a request's input or output
+#   END      -                                    both       no more DATA from this side
+#   ACK      u32 bytes                            both       that much of a file was taken: the window moves on
+#   REPLY    pack(head, body)                     agent      the request is done
+#   FAIL     pack({'kind', 'text', ..}, b'')      agent      the request failed; the last frame of a request, as REPLY
+#   CANCEL   -                                    broker     nobody waits any more: end it, do not answer
+#   BLOBS    (sha1, u32 length, bytes)*           broker     module sources, to be kept by their hash
+#   SHARE    u32 node, sha1*                      broker     hand these blobs on to that child agent
+#   ROUTE    u32 node                             broker     that agent is to be found below the child named by `request`
+#   DOWN     pack({'text'}, b'')                  agent      the agent named by `node` is gone
+KINDS = ('HELLO', 'CALL', 'DATA', 'END', 'ACK', 'REPLY', 'FAIL', 'CANCEL', 'BLOBS', 'SHARE', 'ROUTE', 'DOWN')
+HELLO, CALL, DATA, END, ACK, REPLY, FAIL, CANCEL, BLOBS, SHARE, ROUTE, DOWN = range(len(KINDS))
+STDIN, STDOUT, STDERR, TTY = range(4)   # the channels of DATA
+
+
+class ProtocolError(Exception):
+    pass
+
+
+def pack(head, body=b''):
+    text = json.dumps(head).encode('ascii')
+    return struct.pack('>I', len(text)) + text + body
+
+
+# Raises ProtocolError for anything that pack() cannot have made.
+def unpack(payload):
+    try:
+        size, = struct.unpack_from('>I', payload)
+        head = json.loads(bytes(payload[4:4 + size]).decode('ascii'))
+    except (struct.error, ValueError):
+        raise ProtocolError('malformed header')
+    if not isinstance(head, dict):
+        raise ProtocolError('malformed header')
+    return head, bytes(payload[4 + size:])
+
+
+def pack_blobs(blobs):
+    return b''.join(digest + struct.pack('>I', len(blob)) + blob for digest, blob in blobs)
+
+
+def unpack_blobs(payload):
+    at = 0
+    while at < len(payload):
+        size, = struct.unpack_from('>I', payload, at + 20)
+        blob = bytes(payload[at + 24:at + 24 + size])
+        if hashlib.sha1(blob).digest() != bytes(payload[at:at + 20]):
+            raise ProtocolError('a blob does not match its hash')
+        yield bytes(payload[at:at + 20]), blob
+        at += 24 + size
+
+
+# File names and environments travel as JSON text in which lone surrogates stand for bytes that are not UTF-8.
+def to_fs(text):
+    if not PY2:
+        return os.fsencode(text)
+    if not isinstance(text, type(u'')):
+        return text
+    import re
+    return re.sub(b'\xed([\xb2\xb3])([\x80-\xbf])',
+                  lambda m: chr(((ord(m.group(1)) & 3) << 6) + (ord(m.group(2)) & 63)), text.encode('utf-8'))
+
+
+def from_fs(data):
+    return data.decode('utf-8', 'replace') if PY2 else os.fsdecode(data)
+
+
+def says_again(error):
+    return error.errno in (errno.EAGAIN, errno.EWOULDBLOCK, errno.EINTR)
+
+
+# Every descriptor of ours is non-blocking where the loop owns it, and never inherited by a program that we start.
+def private(fd, blocking=False):
+    fcntl.fcntl(fd, fcntl.F_SETFD, fcntl.fcntl(fd, fcntl.F_GETFD) | fcntl.FD_CLOEXEC)
+    flags = fcntl.fcntl(fd, fcntl.F_GETFL)
+    fcntl.fcntl(fd, fcntl.F_SETFL, flags & ~os.O_NONBLOCK if blocking else flags | os.O_NONBLOCK)
+    return fd
+
+
+# 13 LOOP #############################################################################################################
+# One poll() for everything a process of ours waits for: streams, pipes of children, their ends, timers. A turn is
+# write what was queued, poll, call what is ready: so what a turn produces leaves in as few writes as possible.
+
+
+class Loop(object):
+    def __init__(self):
+        self.poller = select.poll()
+        self.watched = {}           # fd -> [on_readable or None, on_writable or None]
+        self.timers = []            # heap of (when, serial, callback)
+        self.serial = 0
+        self.dirty = []             # streams with something queued since the last flush
+        self.exits = {}             # pid -> callback(exit code)
+        self.idle = collections.deque()     # work for when there is nothing else, a few ms apiece
+        self.running = True
+        self.wake, self.waker = [private(fd) for fd in os.pipe()]
+
+    def start(self):
+        signal.signal(signal.SIGCHLD, lambda signum, frame: None)
+        signal.set_wakeup_fd(self.waker)
+        self.watch(self.wake, readable=self.reap)
+
+    def watch(self, fd, **callbacks):
+        entry = self.watched.setdefault(fd, [None, None])
+        entry[0] = callbacks.get('readable', entry[0])
+        entry[1] = callbacks.get('writable', entry[1])
+        mask = (select.POLLIN if entry[0] else 0) | (select.POLLOUT if entry[1] else 0)
+        if mask:
+            self.poller.register(fd, mask)
+        else:
+            self.forget(fd)
+
+    def forget(self, fd):
+        if self.watched.pop(fd, None):
+            self.poller.unregister(fd)
+
+    def close(self, fd):
+        self.forget(fd)
+        os.close(fd)
+
+    def later(self, seconds, callback):
+        self.serial += 1
+        entry = [now() + seconds, self.serial, callback]
+        heapq.heappush(self.timers, entry)
+        return entry
+
+    # Children are asked for one by one: a waitpid(-1) would steal the exit of a child that somebody else started.
+    def reap(self):
+        try:
+            os.read(self.wake, 4096)
+        except OSError as e:
+            if not says_again(e):
+                raise
+        for pid in list(self.exits):
+            ended, status = os.waitpid(pid, os.WNOHANG)
+            if ended:
+                self.exits.pop(pid)(os.WEXITSTATUS(status) if os.WIFEXITED(status) else 128 + os.WTERMSIG(status))
+
+    def turn(self):
+        dirty, self.dirty = self.dirty, []
+        for stream in dirty:
+            stream.flush()
+        timeout = 0 if self.idle else None
+        if self.timers and not self.idle:
+            timeout = max(0, int((self.timers[0][0] - now()) * 1000) + 1)
+        try:
+            events = self.poller.poll(timeout)
+        except (OSError, select.error) as e:
+            if e.args[0] != errno.EINTR:
+                raise
+            events = []
+        for fd, event in events:
+            self.dispatch(fd, event)
+        while self.timers and self.timers[0][0] <= now():
+            callback = heapq.heappop(self.timers)[2]
+            if callback:
+                callback()
+        if not events and self.idle:
+            self.idle.popleft()()
+
+    def dispatch(self, fd, event):
+        readable, writable = self.watched.get(fd, (None, None))
+        if writable and event & ~select.POLLIN:
+            writable()
+        if readable and event & ~select.POLLOUT and fd in self.watched:
+            readable()
+        elif event & (select.POLLERR | select.POLLHUP | select.POLLNVAL) and not writable:
+            self.forget(fd)
+
+
+def cancel(timer):
+    timer[2] = None
+
+
+# One end of a link: frames in, frames out, nothing that blocks. `receive(stream, kind, node, request, payload)` and
+# `closed(stream, why)` belong to the owner. Only a stream that leaves the machine squeezes: zlib at 60 MB/s is a
+# gain over a network and a loss over a pipe.
+class Stream(object):
+    def __init__(self, loop, rfd, wfd, receive, closed, squeeze=False):
+        self.loop = loop
+        self.rfd = rfd
+        self.wfd = wfd
+        self.receive = receive
+        self.closed = closed
+        self.inbox = bytearray()
+        self.outbox = collections.deque()
+        self.queued = 0                     # bytes in outbox
+        self.deflater = zlib.compressobj() if squeeze else None
+        self.inflater = zlib.decompressobj()
+        self.open = True
+
+    def listen(self):
+        self.loop.watch(self.rfd, readable=self.on_readable)
+
+    def send(self, kind, node, request, payload=b''):
+        flags = 0
+        if self.deflater and len(payload) > 64 and (kind != DATA or shrinks(payload)):
+            payload = self.deflater.compress(payload) + self.deflater.flush(zlib.Z_SYNC_FLUSH)
+            flags = SQUEEZED
+        self.raw(HEADER.pack(kind, flags, node, request, len(payload)) + payload)
+
+    def raw(self, data):
+        if self.open:
+            self.outbox.append(data)
+            self.queued += len(data)
+            self.loop.dirty.append(self)
+
+    def flush(self):
+        while self.outbox and self.open:
+            data = self.take()
+            try:
+                sent = os.write(self.wfd, data)
+            except OSError as e:
+                if not says_again(e):
+                    return self.close('cannot write: ' + e.strerror)
+                sent = 0
+            self.queued -= sent
+            if sent < len(data):
+                self.outbox.appendleft(data[sent:])
+                return self.loop.watch(self.wfd, writable=self.flush)
+        if self.open and self.wfd in self.loop.watched:
+            self.loop.watch(self.wfd, writable=None)
+
+    # Small frames leave together, large ones as they are.
+    def take(self):
+        data = self.outbox.popleft()
+        if self.outbox and len(data) < CHUNK:
+            parts = [data]
+            size = len(data)
+            while self.outbox and size < CHUNK:
+                parts.append(self.outbox.popleft())
+                size += len(parts[-1])
+            data = b''.join(parts)
+        return data
+
+    def on_readable(self):
+        try:
+            data = os.read(self.rfd, 2 * CHUNK)
+        except OSError as e:
+            if says_again(e):
+                return
+            data = b''
+        if not data:
+            return self.close('end of stream')
+        self.feed(data)
+
+    def feed(self, data):
+        self.inbox += data
+        at = 0
+        try:
+            while self.open and len(self.inbox) - at >= HEADER.size:
+                kind, flags, node, request, size = HEADER.unpack_from(self.inbox, at)
+                if kind >= len(KINDS) or flags > SQUEEZED or size > MAX_FRAME:
+                    raise ProtocolError('not a frame of ours')
+                end = at + HEADER.size + size
+                if len(self.inbox) < end:
+                    break
+                payload = bytes(self.inbox[at + HEADER.size:end])
+                at = end
+                self.receive(self, kind, node, request, self.inflate(payload) if flags else payload)
+        except (ProtocolError, zlib.error) as e:
+            self.close('protocol error: %s' % e)
+        del self.inbox[:at]
+
+    def inflate(self, payload):
+        data = self.inflater.decompress(payload, MAX_FRAME)
+        if self.inflater.unconsumed_tail:
+            raise ProtocolError('a frame is too long')
+        return data
+
+    def close(self, why):
+        if self.open:
+            self.open = False
+            self.outbox.clear()
+            for fd in set((self.rfd, self.wfd)):
+                self.loop.close(fd)
+            self.closed(self, why)
+
+
+def shrinks(payload):
+    sample = payload[:4096]
+    return len(zlib.compress(sample, 1)) < 0.9 * len(sample)
+
+
+# 14 ROUTER ###########################################################################################################
+# The tree of agents, as seen from one of them: a parent above, children below. What is not for us goes on, down by
+# the routing table, up with the sender's number checked: a child can speak only for itself and what is below it.
+
+
+class Agent(object):
+    def __init__(self, core, parent_in, parent_out, squeeze):
+        self.core = core                    # the compressed text of this part of the file, to start children with
+        self.loop = Loop()
+        self.number = 0                     # which agent we are; known from the first frame on
+        self.routes = {}                    # number of an agent below us -> stream that leads there
+        self.calls = {}                     # request -> the Call that we serve
+        self.store = Store()
+        self.ahead = set()                  # tables of contents whose modules were compiled, or soon will be
+        self.cwd = working_directory()
+        self.parent = Stream(self.loop, parent_in, parent_out, self.from_parent, self.orphaned, squeeze)
+
+    def from_parent(self, stream, kind, node, request, payload):
+        self.number = self.number or node
+        if node == self.number:
+            getattr(self, 'on_' + KINDS[kind].lower(), self.on_nonsense)(request, payload)
+        elif node in self.routes:
+            self.routes[node].send(kind, node, request, payload)
+        elif kind == CALL:
+            stream.send(FAIL, node, request, pack({'kind': 'closed', 'text': 'no such agent'}))
+
+    def from_child(self, stream, kind, node, request, payload):
+        if self.routes.get(node) is not stream or kind not in (DATA, END, ACK, REPLY, FAIL, DOWN):
+            raise ProtocolError('a child agent sent what it may not send')
+        if kind == DOWN:
+            del self.routes[node]
+        self.parent.send(kind, node, request, payload)
+
+    def orphaned(self, stream, why):
+        self.loop.running = False
+
+    def on_nonsense(self, request, payload):
+        raise ProtocolError('not for an agent')
+
+    # The one error policy: what a handler raises becomes the reply.
+    def on_call(self, request, payload):
+        head, body = unpack(payload)
+        call = self.calls[request] = Call(self, request, head)
+        self.serve(call, getattr(self, 'call_' + str(head['call'])), call, body)
+
+    def on_data(self, request, payload):
+        call = self.calls.get(request)
+        if call and call.on_input:
+            self.serve(call, call.on_input, ord(payload[:1]), payload[1:])
+
+    def on_end(self, request, payload):
+        call = self.calls.get(request)
+        if call and call.on_input:
+            self.serve(call, call.on_input, STDIN, None)
+
+    def on_ack(self, request, payload):
+        call = self.calls.get(request)
+        if call and call.on_ack:
+            self.serve(call, call.on_ack, struct.unpack('>I', payload)[0])
+
+    def serve(self, call, handler, *args):
+        try:
+            handler(*args)
+        except Exception as e:
+            call.fail('error', describe(e), errno=getattr(e, 'errno', None))
+
+    def on_cancel(self, request, payload):
+        call = self.calls.pop(request, None)
+        if call:
+            call.abandon()
+
+    def on_blobs(self, request, payload):
+        self.store.blobs.update(unpack_blobs(payload))
+
+    def on_share(self, request, payload):
+        node, = struct.unpack_from('>I', payload)
+        digests = [payload[at:at + 20] for at in range(4, len(payload), 20)]
+        if node in self.routes:
+            self.routes[node].send(BLOBS, node, 0, pack_blobs((d, self.store.blobs[d]) for d in digests))
+
+    def on_route(self, request, payload):
+        node, = struct.unpack('>I', payload)
+        self.routes[node] = self.routes[request]
+
+    # Start an agent below us: another account, another interpreter, another machine. head: see Hop.
+    def call_hop(self, call, body):
+        node = call.head['node']
+
+        def up(hello, stream):
+            self.routes[node] = stream
+            stream.receive = self.from_child
+            call.reply(hello)
+
+        def down(text):
+            for number in [n for n, stream in self.routes.items() if stream is hop.stream]:
+                del self.routes[number]
+                self.parent.send(DOWN, number, 0, pack({'text': text}))
+
+        hop = Hop(self.loop, call.head, self.core, self.cwd, call.data, up, call.fail_with, down)
+        call.on_input, call.cleanup = hop.answer, hop.kill
+
+    call_exec = lambda self, call, body: start_command(self, call, body)
+    call_run = lambda self, call, body: start_module(self, call, body)
+    call_put = lambda self, call, body: Receiver(call)
+    call_get = lambda self, call, body: Sender(call)
+
+
+# A request that an agent serves, until its REPLY or FAIL. `cleanup` ends what it started when nobody waits any more.
+class Call(object):
+    def __init__(self, agent, request, head):
+        self.agent = agent
+        self.request = request
+        self.head = head
+        self.on_input = None                # (channel, bytes; None at the end)
+        self.on_ack = None                  # (bytes)
+        self.cleanup = None
+
+    def send(self, kind, payload=b''):
+        self.agent.parent.send(kind, self.agent.number, self.request, payload)
+
+    def data(self, channel, data):
+        self.send(DATA, struct.pack('B', channel) + data)
+
+    def reply(self, head, body=b''):
+        if self.agent.calls.pop(self.request, None):
+            self.send(REPLY, pack(head, body))
+
+    def fail(self, kind, text, **more):
+        self.fail_with(dict(more, kind=kind, text=text))
+
+    def fail_with(self, head):
+        if self.agent.calls.pop(self.request, None):
+            self.send(FAIL, pack(head))
+            self.abandon()
+
+    def abandon(self):
+        cleanup, self.cleanup = self.cleanup, None
+        if cleanup:
+            cleanup()
+
+
+def describe(error):
+    return '%s: %s' % (type(error).__name__, error)
+
+
+# 15 CHILDREN #########################################################################################################
+# Start a program on three pipes. With `terminal` it also gets a controlling pty, which is where ssh, su and doas ask
+# for passwords and what sudo's requiretty looks for; it carries data only for a command that asked for a terminal.
+
+
+def spawn(argv, cwd=None, env=None, terminal=False, on_terminal=False):
+    pipes = [os.pipe() for _ in range(3)]
+    master, slave = os.openpty() if terminal else (None, None)
+    for fd in [fd for pair in pipes for fd in pair] + ([master, slave] if terminal else []):
+        private(fd, blocking=True)
+    pid = os.fork()
+    if not pid:
+        become_program(argv, cwd, env, slave, [slave] * 3 if on_terminal else [pipes[0][0], pipes[1][1], pipes[2][1]])
+    for fd in (pipes[0][0], pipes[1][1], pipes[2][1], slave):
+        if fd is not None:
+            os.close(fd)
+    return [pid] + [private(fd) if fd is not None else None for fd in (pipes[0][1], pipes[1][0], pipes[2][0], master)]
+
+
+# In the child of a fork: never returns.
+def become_program(argv, cwd, env, slave, stdio):
+    try:
+        os.setsid()
+        if slave is not None:
+            import termios
+            fcntl.ioctl(slave, termios.TIOCSCTTY, 0)
+        for number, fd in enumerate(stdio):
+            os.dup2(fd, number)
+        reset_signals()
+        enter(cwd)
+        os.execvpe(to_fs(argv[0]), [to_fs(arg) for arg in argv], environment(env))
+    except BaseException as e:
+        os.write(2, ('%s: %s\n' % (argv[0], getattr(e, 'strerror', None) or e)).encode('utf-8', 'replace'))
+    finally:
+        os._exit(127)
+
+
+def reset_signals():
+    signal.set_wakeup_fd(-1)
+    for number in (signal.SIGPIPE, signal.SIGCHLD, signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGTTOU):
+        signal.signal(number, signal.SIG_DFL)
+
+
+def environment(extra):
+    env = dict(os.environ)
+    for name, value in (extra or {}).items():
+        env[to_fs(name) if PY2 else name] = to_fs(value) if PY2 else value
+    return env
+
+
+# A directory that is gone or closed to us is not a reason to fail: the wrapper that Ansible sends does the same.
+def enter(cwd):
+    for place in (cwd, os.path.expanduser('~'), '/'):
+        try:
+            return os.chdir(to_fs(place)) if place else None
+        except OSError:
+            continue
+
+
+def working_directory():
+    try:
+        return from_fs(os.getcwd() if PY2 else os.getcwdb())
+    except OSError:
+        return '/'
+
+
+def kill_group(pid, signum=signal.SIGKILL):
+    try:
+        os.killpg(pid, signum)
+    except OSError as e:
+        if e.errno not in (errno.ESRCH, errno.EPERM):
+            raise
+
+
+# b'' at the end of the stream, None when there is nothing now.
+def take(fd):
+    try:
+        return os.read(fd, CHUNK)
+    except OSError as e:
+        return None if says_again(e) else b''
+
+
+# A program that is to become an agent. spec: argv, cwd, env, mark (what it prints when it is ready for the core),
+# eager (send the core at once: nothing on the way reads a password from stdin), patience (seconds without a sign of
+# life before we give up), squeeze. Until it is up, all that it says goes to `output(channel, bytes)`, and whoever
+# listens there can answer(). Ends in one up(hello, stream), later perhaps one down(text), or in one failed(head).
+class Hop(object):
+    def __init__(self, loop, spec, core, cwd, output, up, failed, down):
+        self.loop, self.spec, self.core = loop, spec, core
+        self.output, self.up, self.failed, self.down = output, up, failed, down
+        self.mark = spec['mark'].encode('ascii')
+        self.said = {STDOUT: b'', STDERR: b'', TTY: b''}    # the last of what it said, for error messages
+        self.state = 'boot'                                 # boot, mark, up, over
+        self.code = None                                    # its exit code, once it has one
+        self.pid, stdin, stdout, stderr, self.tty = spawn(spec['argv'], spec.get('cwd') or cwd, spec.get('env'), True)
+        self.fds = {STDERR: stderr, TTY: self.tty}
+        self.stream = Stream(loop, stdout, stdin, self.greeted, self.hung_up, squeeze=spec.get('squeeze'))
+        loop.exits[self.pid] = self.exited
+        loop.watch(stdout, readable=self.read_stdout)
+        loop.watch(stderr, readable=lambda: self.read(STDERR))
+        loop.watch(self.tty, readable=lambda: self.read(TTY))
+        self.timer = loop.later(spec['patience'], self.timed_out)
+        if spec['eager']:
+            self.stream.raw(core)
+
+    # stdout up to the mark is noise of a login script, or a prompt; after the mark it is frames.
+    def read_stdout(self):
+        data = take(self.stream.rfd)
+        if data == b'':
+            return self.stream.close('end of stream')
+        heard = self.said[STDOUT] + (data or b'')
+        at = heard.find(self.mark)
+        if at < 0:
+            return self.heard(STDOUT, data)
+        self.state = 'mark'
+        self.said[STDOUT] = heard[:at]
+        if not self.spec['eager']:
+            self.stream.raw(self.core)
+        self.stream.listen()
+        self.stream.feed(heard[at + len(self.mark):])
+
+    def read(self, channel):
+        data = take(self.fds[channel])
+        self.heard(channel, data)
+        if data == b'':
+            self.loop.forget(self.fds[channel])
+
+    def heard(self, channel, data):
+        if data:
+            self.said[channel] = (self.said[channel] + data)[-8192:]
+            if self.state in ('boot', 'mark'):
+                self.be_patient()
+                self.output(channel, data)
+
+    def be_patient(self):
+        cancel(self.timer)
+        self.timer = self.loop.later(self.spec['patience'], self.timed_out)
+
+    def answer(self, channel, data):
+        if self.state == 'boot' and data:
+            os.write(self.tty, data) if channel == TTY else self.stream.raw(data)
+
+    def greeted(self, stream, kind, node, request, payload):
+        if kind != HELLO or self.state != 'mark':
+            raise ProtocolError('no greeting')
+        hello, _ = unpack(payload)
+        cancel(self.timer)
+        self.state = 'up'
+        self.up(hello, stream)
+
+    def timed_out(self):
+        self.end('timeout', 'no answer for %d seconds' % self.spec['patience'])
+
+    # An exit code says more than an end of stream: wait a little for the one when the other comes first.
+    def hung_up(self, stream, why):
+        if self.state != 'over':
+            cancel(self.timer)
+            self.timer = self.loop.later(2, lambda: self.end('exit', why))
+            if self.code is not None:
+                self.exited(self.code)
+
+    def exited(self, code):
+        self.code = code
+        if self.stream.open:
+            self.loop.later(0.2, lambda: self.stream.close('it ended'))
+        else:
+            self.end('exit', 'it ended with exit code %d' % code)
+
+    # Nobody waits for it any more.
+    def kill(self):
+        self.failed = self.down = lambda *args: None
+        self.end('killed', '')
+
+    def end(self, kind, text):
+        if self.state == 'over':
+            return
+        was, self.state = self.state, 'over'
+        cancel(self.timer)
+        self.stream.close(text)
+        for channel, fd in self.fds.items():
+            self.heard(channel, take(fd))
+            self.loop.close(fd)
+        if self.code is None:
+            self.let_go(2 if was == 'up' else 0)
+        said = dict((name, self.said[channel].decode('utf-8', 'replace'))
+                    for name, channel in (('stdout', STDOUT), ('stderr', STDERR), ('tty', TTY)))
+        if was == 'up':
+            self.down((said['stderr'] or text).strip())
+        else:
+            self.failed(dict(said, kind=kind, text=text, code=self.code))
+
+    # The end of its stdin asks an agent to go. Who does not is made to.
+    def let_go(self, seconds):
+        timer = self.loop.later(seconds, lambda: kill_group(self.pid))
+        self.loop.exits[self.pid] = lambda code: cancel(timer)
+
+
+# 16 IMPORTER #########################################################################################################
+# Python modules from RAM. A table of contents maps each path of the zip that Ansible would have sent to the hash of
+# its text; texts and compiled code are kept by hash, so that every fork of the agent has them.
+
+
+class Store(object):
+    def __init__(self):
+        self.blobs = {}             # sha1 -> text
+        self.tables = {}            # sha1 of a table of contents -> {path: sha1}
+        self.code = {}              # (sha1, path) -> code
+        self.root = '/ansible_mitogen_single_%d_payload.zip' % os.getpid()    # what stands for the zip in __file__
+
+    def table(self, name):
+        if name not in self.tables:
+            text = self.blobs[from_hex(name)].decode('ascii')
+            self.tables[name] = dict((str(path), from_hex(digest)) for path, digest in json.loads(text).items())
+        return self.tables[name]
+
+    def compiled(self, path, digest):
+        if (digest, path) not in self.code:
+            self.code[digest, path] = compile(self.blobs[digest], self.root + '/' + path, 'exec', 0, True)
+        return self.code[digest, path]
+
+
+def from_hex(text):
+    import binascii
+    return binascii.unhexlify(text)
+
+
+class Importer(object):
+    def __init__(self, store, table):
+        self.store = store
+        self.table = table
+        self.loaded = {}            # name -> (path, sha1), for all that came through here
+
+    def locate(self, name):
+        base = name.replace('.', '/')
+        for path, package in ((base + '/__init__.py', True), (base + '.py', False)):
+            if path in self.table:
+                return path, package
+        return None, False
+
+    def find_spec(self, name, path=None, target=None):
+        path, package = self.locate(name)
+        if path:
+            import importlib.machinery
+            spec = importlib.machinery.ModuleSpec(name, self, origin=self.get_filename(name), is_package=package)
+            spec.has_location = True
+            if package:
+                spec.submodule_search_locations = [os.path.dirname(spec.origin)]
+            return spec
+
+    def create_module(self, spec):
+        return None
+
+    def exec_module(self, module):
+        name = module.__name__
+        path, _ = self.locate(name)
+        self.loaded[name] = path, self.table[path]
+        exec(self.get_code(name), module.__dict__)
+        if name == 'ansible.module_utils.common.respawn':
+            wrap_respawn(self, module)
+
+    # Python 2
+    def find_module(self, name, path=None):
+        return self if self.locate(name)[0] else None
+
+    def load_module(self, name):
+        import imp
+        module = sys.modules.setdefault(name, imp.new_module(name))
+        module.__file__, module.__loader__ = self.get_filename(name), self
+        module.__package__ = name
+        if self.is_package(name):
+            module.__path__ = [os.path.dirname(module.__file__)]
+        else:
+            module.__package__ = name.rpartition('.')[0]
+        try:
+            self.exec_module(module)
+        except BaseException:
+            sys.modules.pop(name, None)
+            raise
+        return sys.modules[name]
+
+    # What runpy, inspect, linecache and pkgutil ask of a loader.
+    def is_package(self, name):
+        return self.locate(name)[1]
+
+    def get_filename(self, name):
+        return self.store.root + '/' + self.locate(name)[0]
+
+    def get_code(self, name):
+        path, _ = self.locate(name)
+        return self.store.compiled(path, self.table[path])
+
+    def get_source(self, name):
+        data = self.store.blobs[self.table[self.locate(name)[0]]]
+        return data if PY2 else data.decode('utf-8')
+
+    def get_data(self, path):
+        digest = self.table.get(path[len(self.store.root) + 1:])
+        if digest is None:
+            raise IOError(errno.ENOENT, os.strerror(errno.ENOENT), path)
+        return self.store.blobs[digest]
+
+    def get_resource_reader(self, name):
+        return Resources(self, os.path.dirname(self.locate(name)[0])) if self.is_package(name) else None
+
+    # The zip itself, for those who need a file: a respawned module imports from it in another interpreter.
+    def write_zip(self):
+        import atexit
+        import shutil
+        import tempfile
+        import zipfile
+        place = tempfile.mkdtemp(prefix='ansible_mitogen_single_payload_')
+        atexit.register(shutil.rmtree, place, True)
+        path = os.path.join(place, 'payload.zip')
+        with zipfile.ZipFile(path, 'w') as archive:
+            for name, digest in self.table.items():
+                archive.writestr(name, self.store.blobs[digest])
+        return path
+
+
+class Resources(object):
+    def __init__(self, importer, folder):
+        self.importer, self.folder = importer, folder
+
+    def open_resource(self, name):
+        import io
+        return io.BytesIO(self.importer.get_data('%s/%s/%s' % (self.importer.store.root, self.folder, name)))
+
+    def resource_path(self, name):
+        raise IOError(errno.ENOENT, os.strerror(errno.ENOENT), name)
+
+    def is_resource(self, name):
+        return self.folder + '/' + name in self.importer.table
+
+    def contents(self):
+        return [path[len(self.folder) + 1:] for path in self.importer.table if os.path.dirname(path) == self.folder]
+
+
+def wrap_respawn(importer, module):
+    respawn = module.respawn_module
+
+    def respawn_module(interpreter_path):
+        sys.modules['__main__']._modlib_path = importer.write_zip()
+        respawn(interpreter_path)
+
+    module.respawn_module = respawn_module
+
+
+# 17 FILES ############################################################################################################
+# Whole files, streamed: a window of DATA under way, never more in memory. A file is written beside its target and
+# renamed when it is complete, so that a broken transfer leaves the old one as it was.
+
+
+class Receiver(object):
+    def __init__(self, call):
+        self.call = call
+        self.path = os.path.realpath(os.path.join(to_fs(call.agent.cwd), to_fs(call.head['path'])))
+        self.part = None
+        if os.path.isdir(self.path):
+            raise OSError(errno.EISDIR, os.strerror(errno.EISDIR), call.head['path'])
+        call.cleanup = self.discard
+        call.on_input = self.write
+        self.file = self.create()
+
+    # In place, as sftp does it always, where another file would not be the same: a device, somebody else's file,
+    # one with several names, a directory that we may not write to.
+    def create(self):
+        old = os.stat(self.path) if os.path.exists(self.path) else None
+        if old and not (stat.S_ISREG(old.st_mode) and old.st_uid == os.geteuid() and old.st_nlink == 1):
+            return open(self.path, 'wb')
+        part = self.path + to_fs('.%d.%d.part' % (os.getpid(), self.call.request))
+        try:
+            fd = os.open(part, os.O_WRONLY | os.O_CREAT | os.O_EXCL, self.call.head['mode'])
+        except OSError:
+            return open(self.path, 'wb')
+        self.part = part
+        if old:
+            os.fchmod(fd, stat.S_IMODE(old.st_mode))
+        return os.fdopen(fd, 'wb')
+
+    def write(self, channel, data):
+        if data is not None:
+            self.file.write(data)
+            return self.call.send(ACK, struct.pack('>I', len(data)))
+        self.file.close()
+        if self.part:
+            os.rename(self.part, self.path)
+        self.part = None
+        self.call.reply({})
+
+    def discard(self):
+        self.file.close()
+        if self.part:
+            os.unlink(self.part)
+
+
+class Sender(object):
+    def __init__(self, call):
+        self.call = call
+        self.file = open(os.path.join(to_fs(call.agent.cwd), to_fs(call.head['path'])), 'rb')
+        self.room = WINDOW
+        call.cleanup = self.file.close
+        call.on_ack = self.more
+        self.more(0)
+
+    def more(self, taken):
+        self.room += taken
+        while self.room >= CHUNK and not self.file.closed:
+            data = self.file.read(CHUNK)
+            if not data:
+                self.file.close()
+                return self.call.reply({})
+            self.room -= len(data)
+            self.call.data(STDOUT, data)
+
+
+# 18 RUNNER ###########################################################################################################
+# Commands and modules, each in a process of its own. A module runs in a fork of the agent, which has imported what
+# modules have in common: 8 ms where a new interpreter takes 150.
+
+BACKLOG = 1 << 20       # bytes waiting for the network above which a child's output is left in its pipe
+
+
+class Job(object):
+    def __init__(self, call, pid, stdin, outputs):
+        self.call = call
+        self.loop = call.agent.loop
+        self.pid = pid
+        self.outputs = outputs              # channel -> fd
+        self.stdin = stdin
+        self.input = collections.deque()
+        self.input_over = False
+        call.cleanup = self.kill
+        self.loop.exits[pid] = self.exited
+        for channel, fd in outputs.items():
+            self.watch(channel, fd)
+
+    def watch(self, channel, fd):
+        self.loop.watch(fd, readable=lambda: self.read(channel, fd))
+
+    def read(self, channel, fd):
+        if self.call.agent.parent.queued > BACKLOG:
+            self.loop.forget(fd)
+            return self.loop.later(0.02, lambda: fd in self.outputs.values() and self.watch(channel, fd))
+        self.pump(channel, fd)
+
+    def pump(self, channel, fd):
+        data = take(fd)
+        if data:
+            self.call.data(channel, data)
+        elif data == b'':
+            self.loop.close(fd)
+            del self.outputs[channel]
+        return data
+
+    def write(self, channel, data):
+        if data is None:
+            self.input_over = True
+        elif self.stdin is not None:
+            self.input.append(data)
+        self.flush()
+
+    def flush(self):
+        try:
+            while self.stdin is not None and self.input:
+                data = self.input.popleft()
+                sent = os.write(self.stdin, data)
+                if sent < len(data):
+                    self.input.appendleft(data[sent:])
+        except OSError as e:
+            if says_again(e):
+                self.input.appendleft(data)
+                return self.loop.watch(self.stdin, writable=self.flush)
+            self.input.clear()
+        if self.input_over and self.stdin is not None:
+            self.loop.close(self.stdin)
+            self.stdin = None
+
+    # What it wrote before its end is in the pipes by now. What background processes that it left behind still write
+    # is theirs: as long as they hold the pipes nobody else waits for them.
+    def exited(self, code):
+        for channel, fd in list(self.outputs.items()):
+            while self.pump(channel, fd):
+                pass
+        self.release()
+        self.call.cleanup = None
+        self.call.reply({'rc': code})
+
+    def release(self):
+        for fd in list(self.outputs.values()) + [self.stdin]:
+            if fd is not None:
+                self.loop.close(fd)
+        self.outputs, self.stdin = {}, None
+
+    def kill(self):
+        self.loop.exits[self.pid] = lambda code: None
+        self.release()
+        kill_group(self.pid, signal.SIGTERM)
+        self.loop.later(0.5, lambda: kill_group(self.pid))
+
+
+# head: argv, cwd, env, tty. body: the start of its stdin; more may follow as DATA until END.
+def start_command(agent, call, body):
+    tty = call.head.get('tty')
+    pid, stdin, stdout, stderr, master = spawn(call.head['argv'], call.head.get('cwd') or agent.cwd,
+                                               call.head.get('env'), tty, tty)
+    outputs = {STDOUT: stdout, STDERR: stderr}
+    if tty:
+        for fd in (stdin, stdout, stderr):
+            os.close(fd)
+        stdin, outputs = None, {STDOUT: master}
+    job = Job(call, pid, stdin, outputs)
+    call.on_input = job.write
+    if body:
+        job.write(STDIN, body)
+    if not call.head.get('more'):
+        job.write(STDIN, None)
+
+
+# head: toc, fqn, profile, rlimit, env, cwd, more. body: the module's parameters as Ansible encoded them.
+def start_module(agent, call, body):
+    params = [body]
+
+    def more(channel, data):
+        if data is None:
+            fork_module(agent, call, b''.join(params))
+        else:
+            params.append(data)
+
+    call.on_input = more
+    if not call.head.get('more'):
+        more(STDIN, None)
+
+
+def fork_module(agent, call, params):
+    importer = warm(agent, call.head['toc'])
+    out, err = os.pipe(), os.pipe()
+    pid = os.fork()
+    if not pid:
+        run_module(agent, importer, call.head, params, out[1], err[1])
+    os.close(out[1])
+    os.close(err[1])
+    call.on_input = None
+    Job(call, pid, None, {STDOUT: private(out[0]), STDERR: private(err[0])})
+    if call.head['toc'] not in agent.ahead:
+        agent.ahead.add(call.head['toc'])
+        agent.loop.idle.extend(lambda p=path, d=digest: compile_ahead(agent.store, p, d)
+                               for path, digest in importer.table.items() if path.endswith('.py'))
+
+
+def compile_ahead(store, path, digest):
+    try:
+        store.compiled(path, digest)
+    except SyntaxError:
+        # Written for another version of Python. The module that imports it all the same will say so.
+        pass
+
+
+# Have in memory what nearly every module imports. What fails here fails again in the child, which reports it.
+def warm(agent, toc):
+    table = agent.store.table(toc)
+    finder = next((f for f in sys.meta_path if isinstance(f, Importer)), None)
+    if finder is None:
+        finder = Importer(agent.store, table)
+        sys.meta_path.insert(0, finder)
+    if not fits(finder, table):
+        purge(finder)
+    finder.table = table
+    if 'ansible.module_utils.basic' not in sys.modules:
+        try:
+            for name in ('ansible.module_utils.basic', 'ansible.module_utils._internal._ansiballz._loader'):
+                if finder.locate(name)[0]:
+                    __import__(name)
+        except BaseException:
+            purge(finder)
+    return finder
+
+
+# Whether all that is imported is what this module would import itself.
+def fits(finder, table):
+    return all(table.get(path) == digest for path, digest in finder.loaded.values())
+
+
+def purge(finder):
+    for name in list(sys.modules):
+        if name.split('.')[0] in ('ansible', 'ansible_collections'):
+            del sys.modules[name]
+    finder.loaded.clear()
+
+
+# Become what a module expects to be, with nothing left of the agent.
+def enter_module(agent, head, stdout, stderr):
+    os.setsid()
+    reset_signals()
+    signal.signal(signal.SIGPIPE, signal.SIG_IGN)
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    null = os.open(os.devnull, os.O_RDONLY)
+    for fd, number in ((null, 0), (stdout, 1), (stderr, 2)):
+        os.dup2(fd, number)
+    close_fds()
+    os.environ.update(environment(head.get('env')))
+    enter(head.get('cwd') or agent.cwd)
+    if head.get('rlimit'):
+        import resource
+        _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (min(hard, head['rlimit']), hard))
+
+
+def close_fds(keep=None):
+    try:
+        fds = [int(name) for name in os.listdir('/dev/fd')]
+    except OSError:
+        fds = range(256)
+    for fd in fds:
+        if fd > 2 and fd != keep:
+            try:
+                os.close(fd)
+            except OSError as e:
+                if e.errno != errno.EBADF:
+                    raise
+
+
+# In the child of a fork: does what the wrapper does that Ansible would have sent. Never returns.
+def run_module(agent, importer, head, params, stdout, stderr):
+    code = 0
+    try:
+        enter_module(agent, head, stdout, stderr)
+        root = importer.store.root
+        sys.executable = head['interpreter'][0]
+        sys.argv[:] = ['']
+        sys.path[:] = [root] + [p for p in sys.path if p not in ('', '.')]
+        if importer.locate('ansible.module_utils._internal._ansiballz._loader')[0]:
+            from ansible.module_utils._internal._ansiballz import _loader
+            _loader.run_module(json_params=params, profile=head['profile'], module_fqn=head['fqn'], modlib_path=root,
+                               extensions={})
+        else:
+            run_legacy(params, head['fqn'], root)
+    except SystemExit as e:
+        code = e.code
+    except BaseException:
+        import traceback
+        traceback.print_exc()
+        code = 1
+    leave(code)
+
+
+def run_legacy(params, fqn, root):
+    import runpy
+    from ansible.module_utils import basic
+    basic._ANSIBLE_ARGS = params
+    runpy.run_module(mod_name=fqn, init_globals=dict(_module_fqn=fqn, _modlib_path=root), run_name='__main__',
+                     alter_sys=True)
+    print('{"msg": "New-style module did not handle its own exit", "failed": true}')
+    sys.exit(1)
+
+
+# What the end of an interpreter does, less the freeing of memory: threads, atexit, buffers, exit code.
+def leave(code):
+    try:
+        if 'threading' in sys.modules:
+            getattr(sys.modules['threading'], '_shutdown', lambda: None)()
+        if 'atexit' in sys.modules:
+            sys.modules['atexit']._run_exitfuncs()
+        if code is not None and not isinstance(code, int):
+            sys.stderr.write('%s\n' % (code,))
+            code = 1
+        for file in (sys.stdout, sys.stderr):
+            if file is not None and not file.closed:
+                file.flush()
+    except Exception:
+        code = code or 120
+        import traceback
+        traceback.print_exc()
+    finally:
+        os._exit((code or 0) & 255)
+
+
+# 19 MAIN #############################################################################################################
+# What the first stage calls, with the compressed text that it has just run: keep stdio out of everybody's reach,
+# say hello, serve until the parent is gone, take everything along.
+
+
+def main(core, squeeze):
+    stdin, stdout = private(os.dup(0)), private(os.dup(1))
+    os.dup2(os.open(os.devnull, os.O_RDWR), 0)
+    os.dup2(2, 1)
+    agent = Agent(core, stdin, stdout, squeeze)
+    os.chdir('/')
+    for name in ('SIGHUP', 'SIGINT', 'SIGTTOU', 'SIGPIPE'):
+        signal.signal(getattr(signal, name), signal.SIG_IGN)
+    agent.loop.start()
+    agent.parent.listen()
+    agent.parent.send(HELLO, 0, 0, pack(greeting()))
+    while agent.loop.running:
+        agent.loop.turn()
+    farewell(agent)
+
+
+def greeting():
+    import pwd
+    try:
+        user = pwd.getpwuid(os.getuid())
+        name, home, shell = user.pw_name, user.pw_dir, user.pw_shell
+    except KeyError:
+        name, home, shell = str(os.getuid()), os.path.expanduser('~'), '/bin/sh'
+    return {'pid': os.getpid(), 'python': list(sys.version_info[:3]), 'executable': sys.executable, 'user': name,
+            'home': home, 'shell': shell, 'names': other_names()}
+
+
+# The names under which this very interpreter can be called: a link to it, unless a venv lies around the link.
+def other_names():
+    real = os.path.realpath(sys.executable)
+    found = [sys.executable]
+    for place in os.environ.get('PATH', '').split(':') + ['/usr/bin', '/usr/local/bin']:
+        for name in ('python', 'python%d' % sys.version_info[0], 'python%d.%d' % sys.version_info[:2]):
+            path = place + '/' + name
+            if os.path.realpath(path) == real and not os.path.exists(place + '/../pyvenv.cfg'):
+                found.append(path)
+    return found
+
+
+def farewell(agent):
+    for call in list(agent.calls.values()):
+        call.abandon()
+    for stream in set(agent.routes.values()):
+        stream.close('the parent is gone')
+    end = now() + 3
+    while agent.loop.exits and now() < end:
+        agent.loop.idle.clear()
+        agent.loop.later(0.1, lambda: None)
+        agent.loop.turn()
+    os._exit(0)
+
+
+if __name__ == '__main__':
+    command_line(sys.argv[1:])
