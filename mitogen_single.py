@@ -303,7 +303,8 @@ class Carrier:
         # Seconds without a sign of life after which a become is given up; the stock ssh plugin takes as many.
         self.silence = 2 + int(self.option('timeout') or self.context.timeout or 10)
         # Local commands run in the playbook's directory: Ansible sets this attribute before each of them.
-        self.cwd = getattr(connection, 'cwd', None)
+        cwd = getattr(connection, 'cwd', None)
+        self.cwd = os.fsdecode(cwd) if cwd else None
 
     def option(self, name):
         try:
@@ -1222,7 +1223,7 @@ def caught(connection, exec_command, command):
         if not any(command in word for word in words):
             return start(process, args, *more, **options)
         if options.get('shell'):
-            words = [options.get('executable') or '/bin/sh', '-c'] + words
+            words = [os.fsdecode(options.get('executable') or '/bin/sh'), '-c'] + words
         raise Caught(words, options.get('cwd'), options.get('env'))
 
     subprocess.Popen.__init__ = catch
