@@ -98,7 +98,7 @@ try:
     from ansible.plugins import strategy as strategy_plugins
     from ansible.plugins.connection import ConnectionBase, local as local_plugin
     from ansible.plugins.connection import ssh as ssh_plugin
-    from ansible.plugins.loader import connection_loader
+    from ansible.plugins.loader import action_loader, become_loader, connection_loader, shell_loader
     from ansible.plugins.strategy.linear import StrategyModule as LinearStrategy
     from ansible.utils.display import Display
     display = Display()
@@ -160,8 +160,8 @@ def patches():
     return (
         # Connections of the kinds that we carry become ours; asked for by tasks, meta tasks and action plugins.
         (connection_loader, 'get_with_context', adopting),
-        # The broker must be there before workers are, so that all of them share it.
-        (strategy_plugins.WorkerProcess, 'start', starting_broker_first),
+        # The broker must be there before workers are, so that all of them share it; and what each would load for itself.
+        (strategy_plugins.WorkerProcess, 'start', starting_warm),
         # A module for one of our connections is built with a table of contents in the place of its zip ...
         (action, '_configure_module', building_for_connection),
         (action_plugins, 'modify_module', making_payloads),
@@ -197,13 +197,41 @@ def patched():
 
 
 # 4 WORKERS ###########################################################################################################
+# A worker is a fork of ansible-playbook. What it would load for itself, and forget when it ends, its parent loads once:
+# the parsing of the ssh plugin's documentation alone costs each worker 15 ms.
 
 
-def starting_broker_first(start):
+def starting_warm(start):
     def patched_start(worker):
         door()
+        warm_up(worker)
         return start(worker)
     return patched_start
+
+
+def warm_up(worker):
+    task, variables = worker._task, worker._task_vars
+    load_class(action_loader, task.action, tuple(task.collections or ()))
+    load_class(action_loader, 'ansible.legacy.normal')
+    load_class(shell_loader, 'sh')
+    load_class(connection_loader, variables.get('ansible_connection') or task.connection)
+    if task.become:
+        load_class(become_loader, variables.get('ansible_become_method') or task.become_method)
+    freeze()
+
+
+# Once for each name. Names may still be templates here, or unknown: what becomes of them is the worker's business.
+@functools.lru_cache(maxsize=None)
+def load_class(loader, name, collections=()):
+    if isinstance(name, str) and '{' not in name and loader.has_plugin(name, collection_list=list(collections)):
+        loader.get(name, class_only=True, collection_list=list(collections))
+
+
+# What is here now will stay. A garbage collection in a worker would otherwise touch, and so copy, all of it.
+@functools.lru_cache(maxsize=None)
+def freeze():
+    gc.collect()
+    gc.freeze()
 
 
 # 5 CONNECTION ########################################################################################################
@@ -1852,10 +1880,9 @@ def spawn(argv, cwd=None, env=None, terminal=False, on_terminal=False):
     pid = os.fork()
     if not pid:
         become_program(argv, cwd, env, slave, [slave] * 3 if on_terminal else [pipes[0][0], pipes[1][1], pipes[2][1]])
-    for fd in (pipes[0][0], pipes[1][1], pipes[2][1], slave):
-        if fd is not None:
-            os.close(fd)
-    return [pid] + [private(fd) if fd is not None else None for fd in (pipes[0][1], pipes[1][0], pipes[2][0], master)]
+    for fd in (pipes[0][0], pipes[1][1], pipes[2][1]):
+        os.close(fd)
+    return pid, private(pipes[0][1]), private(pipes[1][0]), private(pipes[2][0]), terminal and private(master), slave
 
 
 # In the child of a fork: never returns.
@@ -1933,8 +1960,10 @@ class Hop(object):
         self.said = {STDOUT: b'', STDERR: b'', TTY: b''}    # the last of what it said, for error messages
         self.state = 'boot'                                 # boot, mark, up, over
         self.code = None                                    # its exit code, once it has one
-        self.pid, stdin, stdout, stderr, self.tty = spawn(spec['argv'], spec.get('cwd') or cwd, spec.get('env'), True)
+        self.pid, stdin, stdout, stderr, self.tty, slave = spawn(spec['argv'], spec.get('cwd') or cwd, spec.get('env'),
+                                                                 terminal=True)
         self.fds = {STDERR: stderr, TTY: self.tty}
+        self.slave = slave          # held open: without one the terminal reads as hung up until ssh opens it
         self.stream = Stream(loop, stdout, stdin, self.greeted, self.hung_up, squeeze=spec.get('squeeze'))
         loop.exits[self.pid] = self.exited
         loop.watch(stdout, readable=self.read_stdout)
@@ -2021,6 +2050,7 @@ class Hop(object):
         for channel, fd in self.fds.items():
             self.heard(channel, take(fd))
             self.loop.close(fd)
+        os.close(self.slave)
         if self.code is None:
             self.let_go(2 if was == 'up' else 0)
         said = dict((name, self.said[channel].decode('utf-8', 'replace'))
@@ -2046,6 +2076,7 @@ class Store(object):
         self.blobs = {}             # sha1 -> text
         self.tables = {}            # sha1 of a table of contents -> {path: sha1}
         self.code = {}              # (sha1, path) -> code
+        self.purges = 0             # how often all that was imported from here was dropped
         self.root = '/ansible_mitogen_single_%d_payload.zip' % os.getpid()    # what stands for the zip in __file__
 
     def table(self, name):
@@ -2342,11 +2373,11 @@ class Job(object):
 # head: argv, cwd, env, tty. body: the start of its stdin; more may follow as DATA until END.
 def start_command(agent, call, body):
     tty = call.head.get('tty')
-    pid, stdin, stdout, stderr, master = spawn(call.head['argv'], call.head.get('cwd') or agent.cwd,
-                                               call.head.get('env'), tty, tty)
+    pid, stdin, stdout, stderr, master, slave = spawn(call.head['argv'], call.head.get('cwd') or agent.cwd,
+                                                      call.head.get('env'), tty, tty)
     outputs = {STDOUT: stdout, STDERR: stderr}
     if tty:
-        for fd in (stdin, stdout, stderr):
+        for fd in (stdin, stdout, stderr, slave):
             os.close(fd)
         stdin, outputs = None, {STDOUT: master}
     job = Job(call, pid, stdin, outputs)
@@ -2413,7 +2444,7 @@ class Spare(object):
 
 
 def state_of(agent):
-    return len(agent.store.blobs), len(agent.store.code), len(sys.modules)
+    return len(agent.store.blobs), len(agent.store.code), len(sys.modules), agent.store.purges
 
 
 def have_spare(agent, importer):
@@ -2474,6 +2505,7 @@ def purge(finder):
         if name.split('.')[0] in ('ansible', 'ansible_collections'):
             del sys.modules[name]
     finder.loaded.clear()
+    finder.store.purges += 1
 
 
 # In the child of a fork, never returns: become what a module expects to be, with nothing left of the agent, and do what
