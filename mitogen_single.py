@@ -66,13 +66,16 @@ import ast
 import atexit
 import base64
 import contextlib
+import copy
 import dataclasses
 import functools
 import gc
 import hashlib
 import inspect
+import io
 import itertools
 import json
+import multiprocessing
 import os
 import re
 import shlex
@@ -83,6 +86,7 @@ import struct
 import sys
 import threading
 import time
+import traceback
 import types
 import zipfile
 import zlib
@@ -91,14 +95,19 @@ try:
     from ansible import constants as C
     from ansible.errors import (AnsibleAuthenticationFailure, AnsibleConnectionFailure, AnsibleError,
                                 AnsibleFileNotFound)
-    from ansible.executor import module_common
+    from ansible.executor import module_common, task_executor
+    from ansible.executor.process import worker as worker_process
+    from ansible.executor.task_queue_manager import FinalQueue
     from ansible.module_utils.common.text.converters import to_bytes, to_text
     from ansible.module_utils.common.yaml import yaml_load
+    from ansible.module_utils.parsing.convert_bool import boolean
     from ansible.plugins import action as action_plugins
     from ansible.plugins import strategy as strategy_plugins
     from ansible.plugins.connection import ConnectionBase, local as local_plugin
     from ansible.plugins.connection import ssh as ssh_plugin
-    from ansible.plugins.loader import action_loader, become_loader, connection_loader, shell_loader
+    from ansible.plugins.loader import (action_loader, become_loader, connection_loader, module_loader,
+                                        shell_loader)
+    from ansible.plugins.strategy import free as free_strategy
     from ansible.plugins.strategy.linear import StrategyModule as LinearStrategy
     from ansible.utils.display import Display
     display = Display()
@@ -129,6 +138,14 @@ DOCUMENTATION = """
             default: 60
             env: [{name: MITOGEN_SINGLE_BOOT_TIMEOUT}]
             ini: [{section: mitogen_single, key: boot_timeout}]
+        workers:
+            description:
+                - V(auto) runs each task in a thread where that is known to be safe, and in a forked process where it is
+                  not; V(fork) forks always, as stock Ansible does.
+            choices: [auto, fork]
+            default: auto
+            env: [{name: MITOGEN_SINGLE_WORKERS}]
+            ini: [{section: mitogen_single, key: workers}]
 """
 
 
@@ -144,8 +161,13 @@ def setting(name):
 
 
 class StrategyModule(LinearStrategy):
+    def __init__(self, tqm):
+        with patched():         # the thread that reads results starts here
+            super().__init__(tqm)
+
     def run(self, iterator, play_context, *args):
-        with patched():
+        iterator._play.strategy = 'linear'      # which is what Ansible must take us for: its debugger asks
+        with patched(), baton:
             return super().run(iterator, play_context, *args)
 
 
@@ -160,8 +182,15 @@ def patches():
     return (
         # Connections of the kinds that we carry become ours; asked for by tasks, meta tasks and action plugins.
         (connection_loader, 'get_with_context', adopting),
-        # The broker must be there before workers are, so that all of them share it; and what each would load for itself.
-        (strategy_plugins.WorkerProcess, 'start', starting_warm),
+        # Workers are threads where that is safe (§4). They and the main thread take turns: whoever waits lets others run.
+        (strategy_plugins, 'WorkerProcess', choosing_worker),
+        (strategy_plugins, 'results_thread_main', reading_results_in_turn),
+        (strategy_plugins, 'time', with_sleep_until_news),
+        (free_strategy, 'time', with_sleep_until_news),
+        (task_executor, 'time', with_sleep_in_turn),
+        (FinalQueue, 'get', getting_in_turn),
+        (Display, 'set_queue', setting_queue_in_forks),
+        (subprocess.Popen, '__init__', starting_without_terminal),
         # A module for one of our connections is built with a table of contents in the place of its zip ...
         (action, '_configure_module', building_for_connection),
         (action_plugins, 'modify_module', making_payloads),
@@ -197,20 +226,294 @@ def patched():
 
 
 # 4 WORKERS ###########################################################################################################
-# A worker is a fork of ansible-playbook. What it would load for itself, and forget when it ends, its parent loads once:
-# the parsing of the ssh plugin's documentation alone costs each worker 15 ms.
+# Stock Ansible forks itself once per task and host: 3 ms in the main process, 9 ms in a child for what takes 2 in a
+# warm process. Our worker is a thread that runs the same code, TaskExecutor and all. That code was not written for
+# threads, so only the holder of one lock, the baton, runs any of it: the main thread, the thread that reads results, or
+# one worker. It changes hands where somebody waits, and nowhere else: for the broker, in a sleep, for results.
+
+WORKER_ARGUMENTS = ('final_q', 'task_vars', 'host', 'task', 'play_context', 'loader', 'variable_manager',
+                    'shared_loader_obj', 'worker_id')       # in the order in which ansible-core 2.16 to 2.18 pass them
+# Action plugins that were read with this in mind: they wait for nothing but connections, and keep no state. Not among
+# them: pause (the keyboard), reboot and wait_for_connection (they sleep on their own), add_host and group_by (they ask
+# the main thread), whatever a collection or a playbook brings.
+REVIEWED = {'ansible.plugins.action.' + name for name in (
+    'assemble assert async_status command copy debug dnf fail fetch gather_facts include_vars normal package raw script '
+    'service set_fact set_stats shell template unarchive uri validate_argument_spec').split()}
+CARRIED = ('ssh', 'smart', 'local', 'ansible.builtin.ssh', 'ansible.builtin.local', 'ansible.legacy.ssh',
+           'ansible.legacy.local')
+LOCALHOST = ('localhost', '127.0.0.1', '::1')
+LONG = 0.03             # seconds of the baton after which a task is too heavy to be done by one host after the other
+_heavy = set()          # uuids of such tasks
 
 
-def starting_warm(start):
-    def patched_start(worker):
+def choosing_worker(stock):
+    def worker(*args, **kwargs):
+        given = dict(zip(WORKER_ARGUMENTS, args), **kwargs)
         door()
-        warm_up(worker)
-        return start(worker)
-    return patched_start
+        warm_up(given['task'], given['task_vars'])
+        if why_fork(given):
+            return stock(*args, **kwargs)
+        own = own_copies(given)
+        with without_queues():
+            process = stock(*[own[name] for name in WORKER_ARGUMENTS[:len(args)]],
+                            **{name: own[name] for name in kwargs})
+        process._new_stdin = None       # up to ansible-core 2.18 its start() would set it; nothing reads it any more
+        return WorkerThread(process)
+    return worker
 
 
-def warm_up(worker):
-    task, variables = worker._task, worker._task_vars
+# The one rule of what must not share a process, with its reasons; None for what may.
+def why_fork(given):
+    task, variables = given['task'], given['task_vars']
+    connection = variables.get('ansible_connection') or task.connection
+    if setting('workers') == 'fork':
+        return 'it was asked for'
+    if task.timeout:
+        return 'a timeout is a signal, which only a main thread gets'
+    if connection not in CARRIED or not (task.delegate_to is None or task.delegate_to in LOCALHOST):
+        return 'another connection plugin may wait where we cannot see it'
+    if action_module(task.action, tuple(task.collections or ())) not in REVIEWED:
+        return 'an action plugin that nobody reviewed'
+    if task._uuid in _heavy:
+        return 'it takes long on the controller: let hosts share the processors'
+
+
+# The module that the class of an action's plugin comes from; None where only Ansible's full search can tell.
+@functools.lru_cache(maxsize=None)
+def action_module(action, collections):
+    if not isinstance(action, str) or '{' in action:
+        return None
+    module = module_loader.find_plugin_with_context(action, collection_list=list(collections))
+    if module.resolved and module.action_plugin or action.rpartition('.')[2].split('_')[0] in C.NETWORK_GROUP_MODULES:
+        return None
+    if action_loader.has_plugin(action, collection_list=list(collections)):
+        return action_loader.get(action, class_only=True, collection_list=list(collections)).__module__
+    return action_loader.get('ansible.legacy.normal', class_only=True).__module__
+
+
+# What a fork would have copied, and a worker changes.
+def own_copies(given):
+    task = given['task'].copy(exclude_parent=True, exclude_tasks=True)
+    task._parent = given['task']._parent
+    variables = dict(given['task_vars'])
+    if isinstance(variables.get('ansible_facts'), dict):
+        variables['ansible_facts'] = variables['ansible_facts'].copy()
+    host = object.__new__(type(given['host']))
+    vars(host).update(vars(given['host']))
+    return dict(given, task=task, task_vars=variables, host=host, play_context=given['play_context'].copy(),
+                loader=copy.copy(given['loader']))
+
+
+# Prompts come to forked workers through a queue each; a thread needs none.
+@contextlib.contextmanager
+def without_queues():
+    queue = worker_process.WorkerQueue
+    worker_process.WorkerQueue = lambda **kwargs: None
+    try:
+        yield
+    finally:
+        worker_process.WorkerQueue = queue
+
+
+# Has the face of a WorkerProcess, as the strategy and the task queue manager know it.
+class WorkerThread(threading.Thread):
+    def __init__(self, stock):
+        super().__init__(daemon=True)
+        self.stock = stock
+        self.worker_id = stock.worker_id
+        self.outside = Outside(stock)
+        self.client = None
+        self.exitcode = None
+
+    # Over when the result is on its way: before the thread ends, and before anybody else gets the baton.
+    def is_alive(self):
+        return self.exitcode is None
+
+    def run(self):
+        with baton.held_by(self):
+            try:
+                with task_context(self.stock):
+                    self.stock._run()
+                self.stock._loader.cleanup_all_tmp_files()
+                code = 0
+            except BaseException:
+                display.error(traceback.format_exc())
+                code = 1        # "A worker was found in a dead state", as for a process that ended so
+            keep_client(self)
+            self.exitcode = code
+        baton.news.set()
+
+    def close(self):
+        self.stock = None
+
+    def terminate(self):
+        if self.client:
+            self.client.shut()
+
+    kill = terminate
+
+
+# The ambient task of ansible-core 2.19 and later.
+def task_context(stock):
+    if not hasattr(worker_process, '_task'):
+        return contextlib.nullcontext()
+    create = getattr(worker_process._task.TaskContext, 'create', None)
+    if create:
+        return create(task=stock._task, task_vars=stock._task_vars, host_name=stock._host.name)
+    return worker_process._task.TaskContext(stock._task)
+
+
+# What belongs to the process while a worker runs, and would have been its own in a fork: where it prints, who it says
+# it is, its environment and directory. Put on with the baton, taken off with it.
+class Outside:
+    def __init__(self, stock):
+        self.stock = stock
+        self.stdout, self.stderr = io.StringIO(), io.StringIO()
+        self.changed = None         # (environment, directory) that a plugin left different at a handover
+
+    def put_on(self):
+        self.before = sys.stdout, sys.stderr, os.environ.copy(), os.getcwd()
+        sys.stdout, sys.stderr = self.stdout, self.stderr
+        display._final_q = self.stock._final_q
+        worker_process.current_worker = self.stock
+        if self.changed:
+            set_surroundings(*self.changed)
+        self.since = time.monotonic()
+
+    def take_off(self):
+        if time.monotonic() - self.since > LONG:
+            _heavy.add(self.stock._task._uuid)
+        sys.stdout, sys.stderr, environ, directory = self.before
+        display._final_q = worker_process.current_worker = None
+        now_is = os.environ.copy(), os.getcwd()
+        self.changed = now_is if now_is != (environ, directory) else None
+        if self.changed:
+            set_surroundings(environ, directory)
+
+
+def set_surroundings(environ, directory):
+    os.environ.clear()
+    os.environ.update(environ)
+    os.chdir(directory)
+
+
+class Baton:
+    def __init__(self):
+        self.lock = threading.Lock()
+        self.news = threading.Event()       # a result came, or a worker ended: the main thread has something to do
+        self.held = threading.local()       # .by: the WorkerThread that this thread is
+
+    # For the main thread, while a play runs.
+    def __enter__(self):
+        self.lock.acquire()
+
+    def __exit__(self, *exc):
+        self.lock.release()
+
+    @contextlib.contextmanager
+    def held_by(self, worker):
+        self.held.by = worker
+        self.lock.acquire()
+        worker.outside.put_on()
+        try:
+            yield
+        finally:
+            worker.outside.take_off()
+            self.lock.release()
+
+    # Around whatever a worker waits for. For anybody else it means nothing.
+    @contextlib.contextmanager
+    def passed_on(self):
+        worker = getattr(self.held, 'by', None)
+        if worker:
+            worker.outside.take_off()
+            self.lock.release()
+        try:
+            yield
+        finally:
+            if worker:
+                self.lock.acquire()
+                worker.outside.put_on()
+
+    # The main thread, instead of its sleep of 1 ms between two looks at the results. Forked workers end without a word,
+    # so as long as there are any it has to look again soon.
+    def wait_for_news(self, seconds):
+        if not self.lock.locked() or threading.current_thread() is not threading.main_thread():
+            return time.sleep(seconds)
+        self.lock.release()
+        try:
+            self.news.wait(0.002 if multiprocessing.active_children() else 0.2)
+            self.news.clear()
+        finally:
+            self.lock.acquire()
+
+
+baton = Baton()
+
+
+def with_sleep_until_news(original):
+    return types.SimpleNamespace(**dict(vars(original), sleep=baton.wait_for_news))
+
+
+def with_sleep_in_turn(original):
+    def sleep(seconds):
+        with baton.passed_on():
+            time.sleep(seconds)
+    return types.SimpleNamespace(**dict(vars(original), sleep=sleep))
+
+
+# The thread that reads results runs callbacks, too. It takes the baton when it has something, not while it waits.
+def reading_results_in_turn(results_thread_main):
+    def patched_main(strategy):
+        _local.reads_results, _local.has_baton = True, False
+        try:
+            results_thread_main(strategy)
+        finally:
+            put_down()
+    return patched_main
+
+
+def put_down():
+    if _local.has_baton:
+        _local.has_baton = False
+        baton.lock.release()
+        baton.news.set()
+
+
+def getting_in_turn(get):
+    def patched_get(queue):
+        if not getattr(_local, 'reads_results', False):
+            return get(queue)
+        put_down()
+        item = get(queue)
+        if type(item).__name__ != 'PromptSend':     # it waits for the keyboard, and touches nothing else
+            baton.lock.acquire()
+            _local.has_baton = True
+        return item
+    return patched_get
+
+
+# Up to ansible-core 2.18 a worker does this for itself. For a thread it is done whenever it gets the baton.
+def setting_queue_in_forks(set_queue):
+    def patched_set(self, queue):
+        if not getattr(baton.held, 'by', None):
+            set_queue(self, queue)
+    return patched_set
+
+
+# A stock worker has no stdin and no terminal, so neither have the programs that its plugins start.
+def starting_without_terminal(start):
+    def patched_init(process, args, bufsize=-1, executable=None, stdin=None, stdout=None, stderr=None, *more, **options):
+        if getattr(baton.held, 'by', None):
+            stdin, stdout, stderr = [subprocess.DEVNULL if f is None else f for f in (stdin, stdout, stderr)]
+            options.setdefault('start_new_session', True)
+        start(process, args, bufsize, executable, stdin, stdout, stderr, *more, **options)
+    return patched_init
+
+
+# What each worker would load for itself, and a forked one would forget again, is loaded once: the parsing of the ssh
+# plugin's documentation alone takes 15 ms.
+def warm_up(task, variables):
     load_class(action_loader, task.action, tuple(task.collections or ()))
     load_class(action_loader, 'ansible.legacy.normal')
     load_class(shell_loader, 'sh')
@@ -227,7 +530,7 @@ def load_class(loader, name, collections=()):
         loader.get(name, class_only=True, collection_list=list(collections))
 
 
-# What is here now will stay. A garbage collection in a worker would otherwise touch, and so copy, all of it.
+# What is here now will stay. A garbage collection in a forked worker would otherwise touch, and so copy, all of it.
 @functools.lru_cache(maxsize=None)
 def freeze():
     gc.collect()
@@ -250,7 +553,8 @@ def adopting(get_with_context):
 
 def adopt(connection):
     stock = type(connection)
-    if not issubclass(stock, AgentConnection) and getattr(connection._shell, 'SHELL_FAMILY', '') != 'powershell':
+    if not (issubclass(stock, AgentConnection) or getattr(connection, '_remote_is_local', False)
+            or getattr(connection._shell, 'SHELL_FAMILY', '') == 'powershell'):
         connection.__class__ = agent_class(stock)
 
 
@@ -263,6 +567,13 @@ def agent_class(stock):
 class AgentConnection(ConnectionBase):      # a base that it shares with the stock plugin, or no instance could change over
     _escalation = None      # the last command that Ansible wrapped for become
     _plain_build = None     # the become plugin's own build_become_command
+    _wants_files = False    # modules are to be run from files on the target
+
+    # Pipelining is ours to decide, but for somebody who set it to false for this very host or task.
+    def set_options(self, task_keys=None, var_options=None, direct=None):
+        super().set_options(task_keys=task_keys, var_options=var_options, direct=direct)
+        self._wants_files = any(name in (var_options or {}) and not boolean(var_options[name], strict=False)
+                                for name in ('ansible_pipelining', 'ansible_ssh_pipelining'))
 
     def set_become_plugin(self, plugin):
         super().set_become_plugin(plugin)
@@ -316,8 +627,10 @@ class AgentConnection(ConnectionBase):      # a base that it shares with the sto
 
 
 # Not with a tty under the data, which it would garble: stock Ansible gives up pipelining for the same reason.
+# Not for one who wants to see what a become program prints before each command: ours is asked once.
 def is_carried(connection):
-    return isinstance(connection, AgentConnection) and not getattr(connection, '_is_tty_requested', bool)()
+    return (isinstance(connection, AgentConnection) and not getattr(connection, '_is_tty_requested', bool)()
+            and (not connection.become or connection._options.get('become_strip_preamble') is not False))
 
 
 # What an AgentConnection does with the help of the broker; beside it, so that no name of ours hides one of the stock
@@ -491,7 +804,6 @@ class Command:
 # base64 and repr of 130 kB took 3.
 
 COMPRESSION = 'MITOGEN_SINGLE'      # the name under which the builder files such modules in its cache
-_building_for_agent = False         # set while a module for one of our connections is built
 
 
 class Payload(bytes):
@@ -509,19 +821,18 @@ class Payload(bytes):
 
 def building_for_connection(configure_module):
     def patched_configure(action, *args, **kwargs):
-        global _building_for_agent
-        before = _building_for_agent
-        _building_for_agent = is_carried(action._connection)
+        before = getattr(_local, 'building', False)
+        _local.building = is_carried(action._connection)
         try:
             return configure_module(action, *args, **kwargs)
         finally:
-            _building_for_agent = before
+            _local.building = before
     return patched_configure
 
 
 def making_payloads(modify_module):
     def patched_modify(*args, **kwargs):
-        if not _building_for_agent or not is_plain_run(kwargs.get('task_vars')):
+        if not getattr(_local, 'building', False) or not is_plain_run(kwargs.get('task_vars')):
             return modify_module(*args, **kwargs)
 
         def build():
@@ -600,7 +911,8 @@ def transferring_real_bytes(transfer_data):
 def always_pipelining(is_pipelining_enabled):
     def patched_is_enabled(action, module_style, wrap_async=False):
         if is_carried(action._connection):
-            return module_style == 'new' and not wrap_async and not C.DEFAULT_KEEP_REMOTE_FILES
+            return (module_style == 'new' and not wrap_async and not C.DEFAULT_KEEP_REMOTE_FILES
+                    and not action._connection._wants_files)
         return is_pipelining_enabled(action, module_style, wrap_async)
     return patched_is_enabled
 
@@ -689,19 +1001,36 @@ class BecomeRefused(Exception):
 
 
 FAILURES = {'closed': NotConnected, 'toc': UnknownModule, 'lost': LinkLost}
-_local = threading.local()
+
+
+_local = threading.local()      # what belongs to one thread
+_idle = []                      # clients of worker threads that have ended
 
 
 # One for each thread of each process: a forked worker must not use its parent's.
 def client():
-    if getattr(_local, 'pid', None) != os.getpid() or _local.client.sock is None:
-        _local.client, _local.pid = Client(door()), os.getpid()
-    return _local.client
+    mine = getattr(_local, 'client', None)
+    if not mine or mine.pid != os.getpid() or not mine.sock:
+        idle = [c for c in _idle if c.pid == os.getpid() and c.sock]
+        mine = _local.client = idle.pop() if idle else Client(door())
+        _idle[:] = idle
+        worker = getattr(baton.held, 'by', None)
+        if worker:
+            worker.client = mine
+    return mine
+
+
+# A worker thread ends: its client serves the next one.
+def keep_client(worker):
+    if worker.client and worker.client.sock:
+        _idle.append(worker.client)
+    worker.client = None
 
 
 class Client:
     def __init__(self, door):
         self.sock, theirs = socket.socketpair()
+        self.pid = os.getpid()
         self.inbox = b''
         self.request = 0
         with theirs:
@@ -792,6 +1121,11 @@ class Client:
             self.sock.close()
             self.sock = None
 
+    # From another thread: whatever this client waits for ends at once.
+    def shut(self):
+        with contextlib.suppress(OSError, AttributeError):
+            self.sock.shutdown(socket.SHUT_RDWR)
+
     def send(self, kind, payload=b''):
         try:
             self.sock.sendall(HEADER.pack(kind, 0, 0, self.request, len(payload)) + payload)
@@ -808,15 +1142,27 @@ class Client:
 
     def read(self, size):
         while len(self.inbox) < size:
-            try:
-                data = self.sock.recv(max(size - len(self.inbox), 65536))
-            except OSError:
-                data = b''
+            data = self.wait(max(size - len(self.inbox), 65536))
             if not data:
                 raise BrokerGone('the broker is gone')
             self.inbox += data
         data, self.inbox = self.inbox[:size], self.inbox[size:]
         return data
+
+
+    # The one place where a worker waits for the outside world.
+    def wait(self, size):
+        try:
+            return self.sock.recv(size, socket.MSG_DONTWAIT)
+        except BlockingIOError:
+            pass
+        except OSError:
+            return b''
+        with baton.passed_on():
+            try:
+                return self.sock.recv(size)
+            except OSError:
+                return b''
 
 
 class BrokerGone(LinkLost):
