@@ -79,11 +79,13 @@ import multiprocessing
 import os
 import re
 import shlex
+import shutil
 import signal
 import socket
 import subprocess
 import struct
 import sys
+import tempfile
 import threading
 import time
 import traceback
@@ -167,7 +169,7 @@ class StrategyModule(LinearStrategy):
 
     def run(self, iterator, play_context, *args):
         iterator._play.strategy = 'linear'      # which is what Ansible must take us for: its debugger asks
-        with patched(), baton:
+        with patched(), baton, ending_threads(self._workers):
             return super().run(iterator, play_context, *args)
 
 
@@ -337,8 +339,9 @@ class WorkerThread(threading.Thread):
                 self.stock._loader.cleanup_all_tmp_files()
                 code = 0
             except BaseException:
-                display.error(traceback.format_exc())
                 code = 1        # "A worker was found in a dead state", as for a process that ended so
+                with contextlib.suppress(OSError):      # the run is over, nobody reads what we have to say
+                    display.error(traceback.format_exc())
             keep_client(self)
             self.exitcode = code
         baton.news.set()
@@ -346,11 +349,25 @@ class WorkerThread(threading.Thread):
     def close(self):
         self.stock = None
 
+    pid = None      # nothing to send a signal to: terminate() is called as well, or the process ends
+
     def terminate(self):
         if self.client:
             self.client.shut()
 
     kill = terminate
+
+
+# On Ctrl-C and the like forked workers get a signal. A thread is woken from what it waits for.
+@contextlib.contextmanager
+def ending_threads(workers):
+    try:
+        yield
+    except BaseException:
+        for worker in workers:
+            if isinstance(worker, WorkerThread) and worker.is_alive():
+                worker.terminate()
+        raise
 
 
 # The ambient task of ansible-core 2.19 and later.
@@ -434,6 +451,15 @@ class Baton:
             if worker:
                 self.lock.acquire()
                 worker.outside.put_on()
+
+    # Around a wait that is known to be short, and inside of which nobody else may run.
+    @contextlib.contextmanager
+    def kept(self):
+        worker, self.held.by = getattr(self.held, 'by', None), None
+        try:
+            yield
+        finally:
+            self.held.by = worker
 
     # The main thread, instead of its sleep of 1 ms between two looks at the results. Forked workers end without a word,
     # so as long as there are any it has to look again soon.
@@ -621,9 +647,19 @@ class AgentConnection(ConnectionBase):      # a base that it shares with the sto
             client().drop(Carrier(self).login().key)
         super().reset()
 
-    # The command that the stock plugin would start for this one.
+    # The command that the stock plugin would start for this one. Passwords are answered by us, on a pty, not through
+    # sshpass or SSH_ASKPASS. A user who says nothing of ssh_args gets no master that outlives the run, which one link
+    # does not need, and no compression of what we have compressed already.
     def agent_argv(self, command):
-        return caught(self, super().exec_command, command)
+        options = dict(password_mechanism='disable')
+        if self.transport == 'ssh' and self._options.get('ssh_args') == default_ssh_args():
+            options['ssh_args'] = '-o Compression=no'
+        return caught(self, super().exec_command, command, options)
+
+
+@functools.lru_cache(maxsize=None)
+def default_ssh_args():
+    return C.config.get_configuration_definitions('connection', 'ssh')['ssh_args']['default']
 
 
 # Not with a tty under the data, which it would garble: stock Ansible gives up pipelining for the same reason.
@@ -658,6 +694,8 @@ class Carrier:
         if not isinstance(in_data, Payload):
             head = dict(call='exec', argv=command.argv, cwd=self.cwd, tty=self.wants_tty(in_data, sudoable))
             return self.collect(account, None, head, in_data or b'')
+        if in_data.fqn.endswith('.user'):
+            self.leave_account(account[0], in_data.params)
         words, env = command.interpreter()
         interpreter = interpreter_plan(account[-1], words, self.silence)
         try:
@@ -665,6 +703,13 @@ class Carrier:
         except UnknownModule:
             payload = in_data.rebuild()
             return self.collect(account, interpreter, dict(payload.head(), env=env, cwd=self.cwd), payload.params)
+
+    # userdel refuses while an agent of ours runs as that user. Stock Ansible has no process left there by then.
+    def leave_account(self, login, params):
+        given = json.loads(params)['ANSIBLE_MODULE_ARGS']
+        if given.get('state') == 'absent':
+            with contextlib.suppress(NotConnected):
+                client().call(dict(call='retire', to=[login.key], interpreter=None, user=given.get('name')))
 
     # The hops that lead to the account in which a command is to run.
     def account(self, command):
@@ -683,7 +728,10 @@ class Carrier:
 
     def collect(self, account, interpreter, head, body):
         out = {STDOUT: [], STDERR: []}
-        reply = self.call(account, interpreter, head, body, on_data=lambda channel, data: out[channel].append(data))
+        try:
+            reply = self.call(account, interpreter, head, body, on_data=lambda channel, data: out[channel].append(data))
+        except BecomeEnded as e:
+            return e.head['code'], to_bytes(e.head['stdout']), to_bytes(e.head['stderr'] + e.head['tty'])
         result = reply['rc'], b''.join(out[STDOUT]), b''.join(out[STDERR])
         if self.connection.transport != 'local':
             shown = 'rc=%s, stdout and stderr censored due to no log' % result[0] if self.context.no_log else result
@@ -749,6 +797,8 @@ class Carrier:
             raise AnsibleAuthenticationFailure('%s: %s' % (self.where(), e))
         except BecomeRefused as e:
             raise AnsibleError(str(e))
+        except BecomeEnded:
+            raise
         except HopTimeout as e:
             raise AnsibleConnectionFailure('%s: %s' % (self.where(), e))
         except HopFailed as e:
@@ -765,6 +815,8 @@ def python_names():
     return list(C.config.get_config_value('INTERPRETER_PYTHON_FALLBACK'))
 
 
+RACE_GUARD = ' && sleep 0'      # up to ansible-core 2.20 Ansible appends it, against a race in ssh that we do not run
+
 # What Ansible's become plugin made of a command. The text is the real one: whoever else asked for it can use it.
 @dataclasses.dataclass
 class Escalation:
@@ -776,13 +828,14 @@ class Escalation:
 class Command:
     def __init__(self, text, escalation, executable):
         shell = executable + ' -c ' if executable else ''
-        wrapped = [shlex.quote(escalation.wrapped), escalation.wrapped] if escalation else []
-        tail = next((tail for tail in wrapped if text.endswith(tail)), None)
+        tails = [quote(escalation.wrapped + guard) for guard in (RACE_GUARD, '') for quote in (shlex.quote, str)
+                 ] if escalation else []
+        tail = next((tail for tail in tails if text.endswith(tail)), None)
         self.escalated = tail is not None
         if self.escalated:
             self.plain, shell = escalation.plain, text[:-len(tail)]
         elif shell and text.startswith(shell):
-            self.plain = shlex.split(text[len(shell):])[0]
+            self.plain = shlex.split(text[len(shell):])[0].removesuffix(RACE_GUARD)
         else:
             self.plain, shell = text, ''
         self.argv = (shlex.split(shell) or ['/bin/sh', '-c']) + [self.plain]
@@ -1000,6 +1053,10 @@ class BecomeRefused(Exception):
     pass
 
 
+class BecomeEnded(HopFailed):
+    """The become program went away without having become anybody: what it printed is the answer."""
+
+
 FAILURES = {'closed': NotConnected, 'toc': UnknownModule, 'lost': LinkLost}
 
 
@@ -1088,8 +1145,10 @@ class Client:
                     if answer is not None:
                         self.send(DATA, bytes([channel]) + answer)
 
+    # Called from within Ansible's module builder, which holds a lock on a file: the baton is not passed on, or another
+    # worker would take it and wait for that lock for ever.
     def offer(self, toc, blobs):
-        with self.on_the_line():
+        with self.on_the_line(), baton.kept():
             for blob in blobs:
                 self.send(BLOBS, pack_blobs([blob]))
             self.send(CALL, pack(dict(call='offer', toc=toc.hex())))
@@ -1290,7 +1349,7 @@ class Broker:
     # ---- from clients
 
     def from_client(self, stream, kind, node, request, payload):
-        getattr(self, 'client_' + KINDS[kind].lower())(stream, request, payload)
+        getattr(self, 'client_' + KINDS[kind])(stream, request, payload)
 
     def client_call(self, stream, request, payload):
         head, body = unpack(payload)
@@ -1588,7 +1647,7 @@ class Caught(BaseException):    # not an Exception: the stock plugins retry on t
 
 # What the stock plugin would spawn to run a command: argv, cwd, env. Any other program that it starts on the way, to
 # look for a version or a container, it does start.
-def caught(connection, exec_command, command):
+def caught(connection, exec_command, command, options):
     start = subprocess.Popen.__init__
 
     def catch(process, args, *more, **options):
@@ -1602,7 +1661,7 @@ def caught(connection, exec_command, command):
 
     subprocess.Popen.__init__ = catch
     try:
-        with quiet(connection._display), without_password_helper(connection):
+        with quiet(connection._display), with_options(connection, options):
             exec_command(command, in_data=b'-', sudoable=False)
     except Caught as e:
         argv, cwd, env = e.args
@@ -1622,19 +1681,17 @@ def quiet(display):
         display.verbosity = verbosity
 
 
-# The stock ssh plugin answers ssh's prompt through sshpass or SSH_ASKPASS. We do it ourselves, on a pty.
+# With these options for the moment; and as if sshpass was there, which the plugin wants to see before it goes on.
 @contextlib.contextmanager
-def without_password_helper(connection):
-    mechanism = getattr(connection, '_options', {}).get('password_mechanism')
+def with_options(connection, options):
+    before = {name: connection._options[name] for name in options if name in connection._options}
     connection._sshpass_available = lambda: True
-    if mechanism:
-        connection.set_option('password_mechanism', 'disable')
+    connection._options.update({name: options[name] for name in before})
     try:
         yield
     finally:
+        connection._options.update(before)
         del connection._sshpass_available
-        if mechanism:
-            connection.set_option('password_mechanism', mechanism)
         for fd in getattr(connection, 'sshpass_pipe', None) or ():
             os.close(fd)
         connection.sshpass_pipe = None
@@ -1686,10 +1743,12 @@ class BecomeDialogue(Dialogue):
         self.password = password
         self.heard = {}             # channel -> what came since the last answer
         self.answered = False
+        self.succeeded = False
 
     def hear(self, channel, data):
         heard = self.heard[channel] = self.heard.get(channel, b'') + data
-        if self.plugin.check_success(heard):
+        self.succeeded = self.succeeded or self.plugin.check_success(heard)
+        if self.succeeded:
             return channel, None
         if self.answered and self.plugin.check_incorrect_password(heard):
             raise BecomeRefused('Incorrect %s password' % self.plugin.name)
@@ -1705,6 +1764,8 @@ class BecomeDialogue(Dialogue):
     def failed(self, head):
         if head['kind'] == 'timeout':
             head['text'] = 'Timeout waiting for privilege escalation prompt: ' + head['text']
+        elif head['kind'] == 'exit' and not self.succeeded:
+            raise BecomeEnded(head)
         super().failed(head)
 
 
@@ -1741,11 +1802,442 @@ def bootstrap(candidates, squeeze):
 
 
 # 11 COMMAND LINE #####################################################################################################
+# What this file does when it is run instead of loaded. `demo` must work where there is no Ansible: only what runs in
+# Ansible's own Python imports it.
+USAGE = """usage: python3 mitogen_single.py COMMAND
+
+    demo [OPTIONS] [HOST]      run a small playbook by stock Ansible and by this plugin, and compare time and results
+    doctor [OPTIONS] [HOST]    does this file fit the Ansible here? with a HOST: does every step of the way to it work?
+    --version
+
+demo takes localhost unless a HOST or an inventory is given. OPTIONS are Ansible's own: -i -u -e -b -k -K
+--private-key --become-user --become-method."""
+KNOWN_ANSIBLE = ('2.16', '2.17', '2.18', '2.19', '2.20', '2.21')
+PLUGIN_FOLDER = os.path.dirname(os.path.abspath(__file__))
+PLUGIN_FILE = os.path.basename(__file__)
+PLUGIN_NAME = os.path.splitext(PLUGIN_FILE)[0]
 
 
 def command_line(argv):
+    commands = {'demo': demo, 'doctor': doctor}
     if argv == ['--version']:
         print('mitogen_single', __version__)
+        return 0
+    if not argv or argv[0] not in commands:
+        print(USAGE)
+        return 0 if argv in ([], ['-h'], ['--help']) else 2
+    try:
+        return commands[argv[0]](argv[1:])
+    except KeyboardInterrupt:
+        return 130
+
+
+# -> options for an Ansible command, HOST or None
+def parse(command, argv):
+    import argparse
+    parser = argparse.ArgumentParser(prog='%s %s' % (PLUGIN_FILE, command), description='Options go to Ansible.')
+    for names in ('-i --inventory', '-u --user', '-e --extra-vars', '--private-key', '--become-user',
+                  '--become-method'):
+        parser.add_argument(*names.split(), action='append', default=[])
+    for names in ('-b --become', '-k --ask-pass', '-K --ask-become-pass'):
+        parser.add_argument(*names.split(), action='store_true')
+    parser.add_argument('HOST', nargs='?')
+    found = vars(parser.parse_args(argv))
+    host, options = found.pop('HOST'), []
+    for name, value in found.items():
+        flag = '--' + name.replace('_', '-')
+        options += [flag] if value is True else [word for item in value or () for word in (flag, item)]
+    return options, host
+
+
+# A host that no inventory of the user's knows becomes one of its own.
+def with_inventory(options, host, python):
+    if '--inventory' in options or host == 'localhost':
+        return options
+    known = subprocess.run([python, '-m', 'ansible', 'adhoc', host, '--list-hosts'], capture_output=True, text=True)
+    return options if host in known.stdout.split() else options + ['--inventory', host + ',']
+
+
+# ---- which Ansible: what starts ansible-playbook, its version, its Python
+
+# The one beside this Python, the one on the PATH, one without its scripts, the one that we made ourselves.
+def installed():
+    beside = os.path.join(os.path.dirname(sys.executable), 'ansible-playbook')
+    candidates = [beside], ['ansible-playbook'], [sys.executable, '-m', 'ansible', 'playbook'], private_playbook()
+    return next(filter(None, map(probe, candidates)), None)
+
+
+def probe(playbook):
+    try:
+        said = subprocess.run(playbook + ['--version'], capture_output=True, text=True).stdout
+    except OSError:
+        return None
+    found = re.search(r'\[core ([^]\s]+).*^ *python version = [^\n]*\((/[^\n]*)\)$', said, re.S | re.M)
+    return found and (playbook, *found.groups())
+
+
+def private_playbook():
+    cache = os.environ.get('XDG_CACHE_HOME') or os.path.expanduser('~/.cache')
+    return [os.path.join(cache, 'mitogen_single', 'venv', 'bin', 'ansible-playbook')]
+
+
+def install():
+    if sys.version_info < (3, 10):
+        sys.exit('There is no Ansible here, and this Python is too old for one that we know: take 3.10 or newer.')
+    folder = os.path.dirname(private_playbook()[0])
+    place, env = os.path.dirname(folder), dict(os.environ)
+    print('There is no Ansible here: installing ansible-core in a venv of our own, %s' % place, flush=True)
+    make = [sys.executable, '-m', 'venv', '--clear', place]
+    if subprocess.run(make, capture_output=True).returncode:
+        quietly(make + ['--without-pip'], env)      # Debian's python3 comes without ensurepip
+        env['PYTHONPATH'] = fetch_pip(place)
+    quietly([os.path.join(folder, 'python3'), '-m', 'pip', 'install', 'ansible-core'], env)
+    return probe(private_playbook()) or sys.exit('ansible-core was installed there, but does not start')
+
+
+def quietly(argv, env):
+    done = subprocess.run(argv, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    if done.returncode:
+        sys.exit('%s\nfailed: %s' % (done.stdout.rstrip(), shlex.join(argv)))
+
+
+# A wheel of pip is a program and its own import path.
+def fetch_pip(place, index='https://pypi.org/pypi/pip/json'):
+    from urllib.parse import urljoin
+    from urllib.request import urlopen
+    with urlopen(index, timeout=60) as answer:
+        wheel = next(file for file in json.load(answer)['urls'] if file['packagetype'] == 'bdist_wheel')
+    with urlopen(urljoin(index, wheel['url']), timeout=60) as answer:
+        data = answer.read()
+    if hashlib.sha256(data).hexdigest() != wheel['digests']['sha256']:
+        sys.exit('%s is not what pypi.org says it is' % wheel['url'])
+    path = os.path.join(place, os.path.basename(wheel['filename']))
+    with open(path, 'wb') as file:
+        file.write(data)
+    return path
+
+
+# ---- demo
+
+DEMO = r"""
+- hosts: HOSTS
+  tasks:
+    - tempfile: {state: directory, prefix: mitogen_single_demo_}
+      register: place
+    - block:
+        - command: uname -s
+        - shell: echo one two three | wc -w
+          register: words
+        - assert: {that: words.stdout | int == 3}
+        - command: echo {{ item }}
+          loop: [red, orange, yellow, green, blue, indigo, violet]
+        - file: {path: "{{ place.path }}/etc", state: directory, mode: "0750"}
+        - copy: {dest: "{{ place.path }}/etc/conf", content: "port = 80\nlog = on\n", mode: "0644"}
+        - copy: {dest: "{{ place.path }}/etc/conf", content: "port = 80\nlog = on\n", mode: "0644"}
+        - copy:
+            dest: "{{ place.path }}/etc/motd"
+            content: "{% for n in range(20) %}{{ n }} {{ ansible_facts.hostname }} {{ n * n }}\n{% endfor %}"
+        - lineinfile: {path: "{{ place.path }}/etc/conf", regexp: "^{{ item }} =", line: "{{ item }} = new"}
+          loop: [port, log, user]
+        - blockinfile: {path: "{{ place.path }}/etc/conf", block: "a = 1\nb = 2"}
+        - replace: {path: "{{ place.path }}/etc/conf", regexp: new, replace: newer}
+        - file: {path: "{{ place.path }}/etc/link", src: conf, state: link}
+        - stat: {path: "{{ place.path }}/etc/link", follow: true}
+          register: conf
+        - debug: {var: conf.stat.checksum}
+        - slurp: {src: "{{ place.path }}/etc/conf"}
+          register: text
+        - assert: {that: "'port = newer' in text.content | b64decode"}
+        - find: {paths: "{{ place.path }}", recurse: true}
+        - command: "false"
+          when: words.stdout | int != 3
+        - command: "false"
+          ignore_errors: true
+        - command: ls {{ place.path }}/etc
+      always:
+        - file: {path: "{{ place.path }}", state: absent}
+"""
+ENGINES = {'stock': 'linear', PLUGIN_NAME: PLUGIN_NAME}
+
+
+def demo(argv):
+    import ctypes
+    options, host = parse('demo', argv)
+    host = host or ('all' if '--inventory' in options else 'localhost')
+    playbook, version, python = installed() or install()
+    options = with_inventory(options, host, python)
+    print('Ansible %s, %s: a playbook against %s, twice by each, in turn' % (version, shlex.join(playbook), host))
+    with contextlib.suppress(AttributeError, OSError):
+        ctypes.CDLL(None).prctl(36, 1, 0, 0, 0)     # PR_SET_CHILD_SUBREAPER: we wait for what a run leaves behind
+    runs = {name: [] for name in ENGINES}
+    for name in list(ENGINES) * 2:
+        run = run_demo(playbook + options, ENGINES[name], host)
+        runs[name].append(run)
+        print('  %-16s%8.2f s' % (name, run['time']), flush=True)
+        if run['code']:
+            print('ended with exit code %d:' % run['code'], *run['text'].splitlines()[-25:], sep='\n    ')
+            where = ['python3', __file__, 'doctor'] + argv + ([] if host in argv else [host])
+            print('Where does it stop? %s' % shlex.join(where))
+            return 1
+    show_table(runs)
+    return compare(*[found[-1]['text'] for found in runs.values()])
+
+
+def run_demo(argv, strategy, host):
+    place = tempfile.mkdtemp(prefix='mitogen_single_', dir='/tmp')      # short: a ControlPath must fit into 104 bytes
+    env = dict(os.environ, ANSIBLE_STRATEGY_PLUGINS=PLUGIN_FOLDER, ANSIBLE_STRATEGY=strategy, ANSIBLE_NOCOLOR='1',
+               ANSIBLE_FORCE_COLOR='0', ANSIBLE_STDOUT_CALLBACK='default', ANSIBLE_SSH_CONTROL_PATH_DIR=place + '/cp',
+               PATH=place + ':' + os.environ.get('PATH', os.defpath))
+    try:
+        # ssh itself says at its end how many bytes it sent and received, when it is asked to.
+        with open(place + '/ssh', 'w', opener=functools.partial(os.open, mode=0o700)) as file:
+            ssh = shutil.which('ssh') or 'false'
+            file.write('#!/bin/sh\nexec %s -o LogLevel=VERBOSE -E %s/log "$@"\n' % (shlex.quote(ssh), place))
+        with open(place + '/demo.yml', 'w') as file:
+            file.write(DEMO.replace('HOSTS', json.dumps(host)))
+        return measure(argv + [place + '/demo.yml'], env, place)
+    finally:
+        settle(place)       # Ctrl-C came: it came to Ansible too
+        shutil.rmtree(place, ignore_errors=True)
+
+
+# cpu: of all processes on this machine. forks: on this machine, threads too. bytes: over ssh, both ways. 0: not known
+def measure(argv, env, place):
+    before, forks, began = cpu_so_far(), forks_so_far(), now()
+    process = subprocess.Popen(argv, env=env, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
+                               stderr=subprocess.STDOUT)
+    text = process.communicate()[0].decode('utf-8', 'replace')
+    wall, forks = now() - began, forks_so_far() - forks
+    settle(place)
+    log = ''
+    with contextlib.suppress(FileNotFoundError), open(place + '/log', errors='replace') as file:
+        log = file.read()
+    counts = re.findall(r'Transferred: sent (\d+), received (\d+) bytes', log)
+    return dict(code=process.returncode, text=text + (log if process.returncode else ''), time=wall, forks=forks,
+                cpu=cpu_so_far() - before, bytes=sum(int(n) for pair in counts for n in pair))
+
+
+def cpu_so_far():
+    import resource
+    usage = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return usage.ru_utime + usage.ru_stime
+
+
+def forks_so_far():
+    with contextlib.suppress(OSError), open('/proc/stat') as file:
+        return int(re.search(r'^processes (\d+)', file.read(), re.M).group(1))
+    return 0
+
+
+# What a run leaves behind: an ssh that Ansible keeps for a minute, for the next run; our broker. See them end.
+def settle(place):
+    deadline = now() + 6
+    end_masters(place + '/cp')
+    with contextlib.suppress(ChildProcessError):
+        while now() < deadline:
+            if not os.waitpid(-1, os.WNOHANG)[0]:
+                time.sleep(0.05)
+                end_masters(place + '/cp')
+
+
+def end_masters(folder):
+    for entry in os.scandir(folder) if os.path.isdir(folder) else ():
+        subprocess.run(['ssh', '-O', 'exit', '-S', entry.path, 'x'], capture_output=True)
+
+
+def show_table(runs):
+    best = [{name: min(run[name] for run in found) for name in found[0]} for found in runs.values()]
+    columns = [column for column in (('time', '%.2f s', 1), ('cpu', '%.2f s', 1), ('forks', '%d', 1),
+                                     ('bytes', '%.1f kB', 1000)) if all(row[column[0]] for row in best)]
+    print('\n%-16s' % 'best of two' + ''.join('%12s' % name for name, _, _ in columns))
+    for engine, row in zip(runs, best):
+        print('%-16s' % engine + ''.join('%12s' % (form % (row[name] / unit)) for name, form, unit in columns))
+    print('%-16s' % 'ratio' + ''.join('%12.1f' % (best[0][name] / best[1][name]) for name, _, _ in columns))
+    print('cpu and forks are those of this machine\n')
+
+
+# Every task with what became of it, and the recap.
+def outcome(text):
+    return re.findall(r'(?m)^(?:TASK \[.*\]|[a-z]+: \[.*?(?= => \{|$)|\S+ +: ok=.*)', text)
+
+
+def compare(stock, ours):
+    import difflib
+    stock, ours = outcome(stock), outcome(ours)
+    if stock == ours:
+        print('The results are the same:', *[line for line in ours if ' : ok=' in line], sep='\n  ')
+    else:
+        lines = difflib.unified_diff(stock, ours, 'stock', PLUGIN_NAME, lineterm='', n=1)
+        print('THE RESULTS DIFFER:', *lines, sep='\n  ')
+    return int(stock != ours)
+
+
+# ---- doctor
+
+
+def doctor(argv):
+    options, host = parse('doctor', argv)
+    if ConnectionBase is object:
+        return change_python(['doctor'] + argv)
+    os.environ.setdefault('ANSIBLE_DEPRECATION_WARNINGS', '0')      # one of them is about every strategy plugin
+    os.environ['ANSIBLE_SSH_CONTROL_PATH'] = 'none'     # an ssh that somebody left open would hide what a login does
+    plugin = loaded_by_ansible()
+    well = look_around(plugin)
+    if host:
+        well = examine(plugin, with_inventory(options, host, sys.executable) + [host]) and well
+    print('All is well.' if well else 'NOT all is well.')
+    return 0 if well else 1
+
+
+# Continue in the Python that Ansible runs in.
+def change_python(argv):
+    _, version, python = installed() or (None, None, None)
+    if not python:
+        print('There is no Ansible here. The demo would install one for itself.')
+    elif python == sys.executable:
+        print('Ansible %s is not one that this plugin knows: it cannot import what it needs.' % version)
+    else:
+        os.execv(python, [python, __file__] + argv)
+    return 1
+
+
+# This file once more, as the plugin that it is for Ansible.
+def loaded_by_ansible():
+    from ansible.plugins.loader import strategy_loader
+    strategy_loader.add_directory(PLUGIN_FOLDER)
+    return sys.modules[strategy_loader.get(PLUGIN_NAME, class_only=True).__module__]
+
+
+def look_around(plugin):
+    from ansible import release
+    known = release.__version__.startswith(tuple(version + '.' for version in KNOWN_ANSIBLE))
+    rows = plugin.patches()
+    missing = ['%s.%s' % (owner.__name__, name) for owner, name, _ in rows if not hasattr(owner, name)]
+    for row in (('mitogen_single', '%s, %s' % (__version__, plugin.__file__)),
+                ('Ansible', '%s, %s' % (release.__version__, os.path.dirname(release.__file__))),
+                ('', '' if known else 'NOT one of the versions that this plugin knows: ' + ' '.join(KNOWN_ANSIBLE)),
+                ('Python', '%s, %s' % (sys.version.split()[0], sys.executable)),
+                ('seams', 'MISSING: ' + ', '.join(missing) if missing else 'all %d fit' % len(rows)),
+                ('core', '%.1f KiB as shipped' % (len(plugin.core()) / 1024)),
+                ('boot_timeout', '%s s' % plugin.setting('boot_timeout'))):
+        if row[1]:
+            print('%-16s%s' % row, flush=True)
+    return known and not missing
+
+
+# Tells of each step as it ends, from whatever process it runs in: workers have another stdout, and memory of their own.
+class Report:
+    def __init__(self, plugin):
+        import mmap
+        self.plugin = plugin
+        self.out = os.dup(1)
+        self.shared = mmap.mmap(-1, 64)     # how many modules did an agent run?; name of the first step that failed
+
+    def say(self, what, seconds, text):
+        text = text.replace(self.plugin.MARK + ': ', '').strip().replace('\n', '\n' + ' ' * 26)
+        os.write(self.out, ('%-16s%6.2f s  %s\n' % (what, seconds, text)).encode('utf-8', 'replace'))
+
+    def stopped_at(self, what):
+        if not self.shared[1]:
+            self.shared[1:1 + len(what)] = what.encode()
+
+    # -> what the function returns, and seconds. Two errors are none: the plugin mends them by its next step.
+    def step(self, what, function, *args, **kwargs):
+        began = now()
+        try:
+            return function(*args, **kwargs), now() - began
+        except (self.plugin.NotConnected, self.plugin.UnknownModule):
+            raise
+        except Exception as e:
+            self.stopped_at(what)
+            self.say(what, now() - began, 'FAILED: ' + cause(e))
+            raise
+
+    def login_plan(self, login_plan):
+        return lambda *args: self.step('resolve', login_plan, *args)[0]
+
+    def open(self, client_open):
+        def patched_open(client, plan, candidates):
+            spec, seconds = self.step('resolve', plan.spec, candidates)
+            self.say('resolve', seconds, plain_command(spec['argv']))
+            hello, seconds = self.step(plan.what, client_open, client, plan, candidates)
+            python = '.'.join(map(str, hello['python']))
+            self.say(plan.what, seconds, 'account %s, Python %s, %s' % (hello['user'], python, hello['executable']))
+            return hello
+        return patched_open
+
+    def call(self, client_call):
+        def patched_call(client, head, *args, **kwargs):
+            what = 'module' if head['call'] == 'run' else head['call']
+            reply, seconds = self.step(what, client_call, client, head, *args, **kwargs)
+            if what == 'module':
+                self.shared[0] += 1
+                self.say(what, seconds, '%s, run %d: exit code %d' % (head['fqn'], self.shared[0], reply['rc']))
+                if reply['rc']:
+                    self.stopped_at(what)
+            return reply
+        return patched_call
+
+    # Ansible's own words, for what failed.
+    def send_callback(self, send_callback):
+        def patched_send(manager, name, *args, **kwargs):
+            if name in ('v2_runner_on_failed', 'v2_runner_on_unreachable'):
+                self.stopped_at('task')
+                print('Ansible says:', flush=True)
+                send_callback(manager, name, *args, **kwargs)
+        return patched_send
+
+    def verdict(self, code):
+        step = self.shared[1:].rstrip(b'\0').decode()
+        if isinstance(code, str):
+            print(code)
+        elif step:
+            print('%-16sis the first step that failed' % step)
+        elif not code and not self.shared[0]:
+            print('%-16swas needed: stock Ansible runs this host, its connection is of another kind' % 'no agent')
+        return not code and not step
+
+
+# What went wrong, then all that the other side said.
+def cause(error):
+    head = getattr(error, 'head', None)
+    if not head:
+        return '%s: %s' % (type(error).__name__, error)
+    said = [str(head.get(name) or '').strip() for name in ('text', 'tty', 'stdout', 'stderr')]
+    return '\n'.join(filter(None, said))
+
+
+# What starts an agent stands in it in full, quoted once or twice: nobody wants to read that.
+def plain_command(argv):
+    if argv[-1].startswith('exec('):
+        argv = argv[:-1] + ['AGENT']
+    return shlex.join(re.sub(r"(?s)'for p in .*exit 97'|for p in .*exit 97", 'AGENT', word) for word in argv)
+
+
+# Two pings as an ad hoc command of Ansible's own, so that every option and variable means what it always does.
+def examine(plugin, argv):
+    from ansible.cli.adhoc import AdHocCLI
+    from ansible.executor.task_queue_manager import TaskQueueManager
+
+    class Examination(AdHocCLI):
+        @staticmethod
+        def get_host_list(inventory, subset, pattern):
+            hosts = inventory.list_hosts(pattern)
+            if len(hosts) != 1:
+                sys.exit('%s is %d hosts of this inventory: name one' % (pattern, len(hosts)))
+            return hosts
+
+        def _play_ds(self, pattern, *more):
+            return dict(hosts=pattern, gather_facts=False, strategy=PLUGIN_NAME, tasks=[dict(action='ping')] * 2)
+
+    report = Report(plugin)
+    plugin.login_plan = report.login_plan(plugin.login_plan)
+    plugin.Client.open, plugin.Client.call = report.open(plugin.Client.open), report.call(plugin.Client.call)
+    TaskQueueManager.send_callback = report.send_callback(TaskQueueManager.send_callback)
+    try:
+        Examination.cli_executor(['ansible', '-m', 'ping'] + argv)
+    except SystemExit as e:
+        return report.verdict(e.code)
 
 
 # ======== everything below this line is sent to targets: Python 2.7 and 3.6+, stdlib only, no import side effects ========
@@ -1781,23 +2273,25 @@ CHUNK = 128 << 10                   # bytes of file or output per DATA: small on
 WINDOW = 4 << 20                    # bytes of a file that may be under way: 80 MB/s at 50 ms, and the memory it costs
 SQUEEZED = 1                        # flag: the payload went through the sender's zlib context
 
-# The message table. Every kind has one handler `on_<name>` in Agent and one in Broker.
-#   name     payload                              sent by    meaning
-#   HELLO    json: who and what the agent is      agent      the first frame of a new agent
-#   CALL     pack(head, body)                     broker     a request; head['call'] names the handler, call_<name>
-#   DATA     channel byte, bytes                  both       more of a request's input or output
-#   END      -                                    both       no more DATA from this side
-#   ACK      u32 bytes                            both       that much of a file was taken: the window moves on
-#   REPLY    pack(head, body)                     agent      the request is done
-#   FAIL     pack({'kind', 'text', ..}, b'')      agent      the request failed; the last frame of a request, as REPLY
-#   CANCEL   -                                    broker     nobody waits any more: end it, do not answer
-#   BLOBS    (sha1, u32 length, bytes)*           broker     module sources, to be kept by their hash
-#   SHARE    u32 node, sha1*                      broker     hand these blobs on to that child agent
-#   ROUTE    u32 node                             broker     that agent is to be found below the child named by `request`
-#   DOWN     pack({'text'}, b'')                  agent      the agent named by `node` is gone
-KINDS = ('HELLO', 'CALL', 'DATA', 'END', 'ACK', 'REPLY', 'FAIL', 'CANCEL', 'BLOBS', 'SHARE', 'ROUTE', 'DOWN')
-HELLO, CALL, DATA, END, ACK, REPLY, FAIL, CANCEL, BLOBS, SHARE, ROUTE, DOWN = range(len(KINDS))
-STDIN, STDOUT, STDERR, TTY = range(4)   # the channels of DATA
+# The message table. A kind has one handler in Agent, on_<name>, and is told apart by from_client and from_agent in
+# Broker. Payloads by sender and meaning; pack() makes a json head and a body of bytes one payload.
+HELLO = 0       # agent    json               who and what it is: the first frame of a new agent
+CALL = 1        # broker   pack(head, body)   a request; head['call'] names the handler, call_<name>
+DATA = 2        # both     channel, bytes     more of a request's input or output
+END = 3         # broker   nothing            no more DATA from this side
+ACK = 4         # both     u32 bytes          that much of a file was taken: the window moves on
+REPLY = 5       # agent    pack(head, body)   the request is done
+FAIL = 6        # agent    pack(head)         the request failed: kind, text, ..; the last frame of a request, as REPLY
+CANCEL = 7      # broker   nothing            nobody waits any more: end it, do not answer
+BLOBS = 8       # broker   sha1, u32, bytes.. module sources, to be kept by their hash
+SHARE = 9       # broker   u32 node, sha1..   hand these blobs on to that child agent
+ROUTE = 10      # broker   u32 node           that agent is to be found below the child named by `request`
+DOWN = 11       # agent    pack(head)         the agent named by `node` is gone
+KINDS = ('hello', 'call', 'data', 'end', 'ack', 'reply', 'fail', 'cancel', 'blobs', 'share', 'route', 'down')
+STDIN = 0       # the channels of DATA
+STDOUT = 1
+STDERR = 2
+TTY = 3
 
 
 class ProtocolError(Exception):
@@ -2078,6 +2572,7 @@ class Agent(object):
         self.loop = Loop()
         self.number = 0                     # which agent we are; known from the first frame on
         self.routes = {}                    # number of an agent below us -> stream that leads there
+        self.accounts = {}                  # Hop of an agent that we started -> its account
         self.calls = {}                     # request -> the Call that we serve
         self.store = Store()
         self.ahead = set()                  # tables of contents whose modules were compiled, or soon will be
@@ -2088,7 +2583,7 @@ class Agent(object):
     def from_parent(self, stream, kind, node, request, payload):
         self.number = self.number or node
         if node == self.number:
-            getattr(self, 'on_' + KINDS[kind].lower(), self.on_nonsense)(request, payload)
+            getattr(self, 'on_' + KINDS[kind], self.on_nonsense)(request, payload)
         elif node in self.routes:
             self.routes[node].send(kind, node, request, payload)
         elif kind == CALL:
@@ -2158,16 +2653,32 @@ class Agent(object):
 
         def up(hello, stream):
             self.routes[node] = stream
+            self.accounts[hop] = hello['user']
             stream.receive = self.from_child
             call.reply(hello)
 
         def down(text):
+            del self.accounts[hop]
             for number in [n for n, stream in self.routes.items() if stream is hop.stream]:
                 del self.routes[number]
                 self.parent.send(DOWN, number, 0, pack({'text': text}))
 
         hop = Hop(self.loop, call.head, self.core, self.cwd, call.data, up, call.fail_with, down)
         call.on_input, call.cleanup = hop.answer, hop.kill
+
+    # An account is about to be removed, which a process of its own would prevent: end our agents there, and wait for it.
+    def call_retire(self, call, body):
+        leaving = [hop for hop, user in self.accounts.items() if user == call.head['user']]
+        for hop in leaving:
+            hop.end('killed', 'its account is being removed')
+
+        def wait():
+            if any(hop.code is None for hop in leaving):
+                self.loop.later(0.01, wait)
+            else:
+                call.reply({})
+
+        wait()
 
     call_exec = lambda self, call, body: start_command(self, call, body)
     call_run = lambda self, call, body: start_module(self, call, body)
@@ -2408,8 +2919,12 @@ class Hop(object):
 
     # The end of its stdin asks an agent to go. Who does not is made to.
     def let_go(self, seconds):
+        def gone(code):
+            self.code = code
+            cancel(timer)
+
         timer = self.loop.later(seconds, lambda: kill_group(self.pid))
-        self.loop.exits[self.pid] = lambda code: cancel(timer)
+        self.loop.exits[self.pid] = gone
 
 
 # 16 IMPORTER #########################################################################################################
@@ -2496,19 +3011,25 @@ class Importer(object):
             raise
         return sys.modules[name]
 
-    # What runpy, inspect, linecache and pkgutil ask of a loader.
+    # What runpy, inspect, linecache and pkgutil ask of a loader. For a name that they made up it is an ImportError.
+    def found(self, name):
+        path, package = self.locate(name)
+        if not path:
+            raise ImportError('no module of this name: %s' % name)
+        return path, package
+
     def is_package(self, name):
-        return self.locate(name)[1]
+        return self.found(name)[1]
 
     def get_filename(self, name):
-        return self.store.root + '/' + self.locate(name)[0]
+        return self.store.root + '/' + self.found(name)[0]
 
     def get_code(self, name):
-        path, _ = self.locate(name)
+        path = self.found(name)[0]
         return self.store.compiled(path, self.table[path])
 
     def get_source(self, name):
-        data = self.store.blobs[self.table[self.locate(name)[0]]]
+        data = self.store.blobs[self.table[self.found(name)[0]]]
         return data if PY2 else data.decode('utf-8')
 
     def get_data(self, path):
@@ -2830,12 +3351,15 @@ def warm(agent, toc):
         purge(finder)
     finder.table = table
     if 'ansible.module_utils.basic' not in sys.modules:
+        printed, sys.stdout = sys.stdout, open(os.devnull, 'w')     # basic prints, and exits, where Python is too old
         try:
             for name in COMMON + tuple(path[:-3].replace('/', '.') for path in sorted(table) if '/_profiles/_' in path):
                 if finder.locate(name)[0]:
                     __import__(name)
         except BaseException:
             purge(finder)
+        finally:
+            sys.stdout = printed
         if hasattr(gc, 'freeze'):
             gc.freeze()     # or the first collection in each fork copies all that it inherited
     return finder
@@ -2993,6 +3517,8 @@ def other_names():
 def farewell(agent):
     for call in list(agent.calls.values()):
         call.abandon()
+    if agent.spare:
+        agent.spare.discard()
     for stream in set(agent.routes.values()):
         stream.close('the parent is gone')
     end = now() + 3
@@ -3004,4 +3530,4 @@ def farewell(agent):
 
 
 if __name__ == '__main__':
-    command_line(sys.argv[1:])
+    sys.exit(command_line(sys.argv[1:]))
