@@ -54,8 +54,8 @@ Where does my line go?
     18 RUNNER           run a command; run a module in a forked child
     19 MAIN             what an agent does from its first to its last line
 
-Calls go down, answers come back up. §2-6 know Ansible's objects, §7-10 never import ansible, §12-19 import nothing but
-the standard library.
+Calls go down, answers come back up. §2-6 know Ansible's objects, §7-10 never import ansible, §12-19 import nothing
+but the standard library.
 """
 # SPDX-License-Identifier: BSD-3-Clause
 
@@ -116,7 +116,7 @@ try:
 except ImportError:
     if __name__ != '__main__':
         raise
-    ConnectionBase = LinearStrategy = object        # a script on a machine without Ansible: only the command line (§11) works
+    ConnectionBase = LinearStrategy = object        # a script on a machine without Ansible: only §11 works
 
 __version__ = '0.1.0'
 STRATEGY_NAME = __name__.rpartition('.')[2]       # under which Ansible knows our options
@@ -169,7 +169,7 @@ class StrategyModule(LinearStrategy):
 
     def run(self, iterator, play_context, *args):
         iterator._play.strategy = 'linear'      # which is what Ansible must take us for: its debugger asks
-        with patched(), baton, ending_threads(self._workers):
+        with patched(), baton:
             return super().run(iterator, play_context, *args)
 
 
@@ -184,7 +184,7 @@ def patches():
     return (
         # Connections of the kinds that we carry become ours; asked for by tasks, meta tasks and action plugins.
         (connection_loader, 'get_with_context', adopting),
-        # Workers are threads where that is safe (§4). They and the main thread take turns: whoever waits lets others run.
+        # Workers are threads where that is safe (§4). They and the main thread take turns, handed on by who waits.
         (strategy_plugins, 'WorkerProcess', choosing_worker),
         (strategy_plugins, 'results_thread_main', reading_results_in_turn),
         (strategy_plugins, 'time', with_sleep_until_news),
@@ -239,8 +239,8 @@ WORKER_ARGUMENTS = ('final_q', 'task_vars', 'host', 'task', 'play_context', 'loa
 # them: pause (the keyboard), reboot and wait_for_connection (they sleep on their own), add_host and group_by (they ask
 # the main thread), whatever a collection or a playbook brings.
 REVIEWED = {'ansible.plugins.action.' + name for name in (
-    'assemble assert async_status command copy debug dnf fail fetch gather_facts include_vars normal package raw script '
-    'service set_fact set_stats shell template unarchive uri validate_argument_spec').split()}
+    'assemble assert async_status command copy debug dnf fail fetch gather_facts include_vars normal package raw '
+    'script service set_fact set_stats shell template unarchive uri validate_argument_spec').split()}
 CARRIED = ('ssh', 'smart', 'local', 'ansible.builtin.ssh', 'ansible.builtin.local', 'ansible.legacy.ssh',
            'ansible.legacy.local')
 LOCALHOST = ('localhost', '127.0.0.1', '::1')
@@ -270,6 +270,8 @@ def why_fork(given):
     connection = variables.get('ansible_connection') or task.connection
     if setting('workers') == 'fork':
         return 'it was asked for'
+    if not keeps_apart(variables):
+        return 'it is to keep the terminal'
     if task.timeout:
         return 'a timeout is a signal, which only a main thread gets'
     if connection not in CARRIED or not (task.delegate_to is None or task.delegate_to in LOCALHOST):
@@ -278,6 +280,12 @@ def why_fork(given):
         return 'an action plugin that nobody reviewed'
     if task._uuid in _heavy:
         return 'it takes long on the controller: let hosts share the processors'
+
+
+# Since ansible-core 2.21 a user can ask for workers that are not in a session of their own.
+def keeps_apart(variables):
+    name = 'WORKER_SESSION_ISOLATION'
+    return not C.config.get_configuration_definition(name) or C.config.get_config_value(name, variables=variables)
 
 
 # The module that the class of an action's plugin comes from; None where only Ansible's full search can tell.
@@ -326,6 +334,8 @@ class WorkerThread(threading.Thread):
         self.outside = Outside(stock)
         self.client = None
         self.exitcode = None
+        self.programs = []          # what its plugins started
+        self.is_ended = False       # somebody called terminate()
 
     # Over when the result is on its way: before the thread ends, and before anybody else gets the baton.
     def is_alive(self):
@@ -334,9 +344,10 @@ class WorkerThread(threading.Thread):
     def run(self):
         with baton.held_by(self):
             try:
-                with task_context(self.stock):
-                    self.stock._run()
-                self.stock._loader.cleanup_all_tmp_files()
+                if not self.is_ended:
+                    with task_context(self.stock):
+                        self.stock._run()
+                    self.stock._loader.cleanup_all_tmp_files()
                 code = 0
             except BaseException:
                 code = 1        # "A worker was found in a dead state", as for a process that ended so
@@ -352,22 +363,14 @@ class WorkerThread(threading.Thread):
     pid = None      # nothing to send a signal to: terminate() is called as well, or the process ends
 
     def terminate(self):
+        self.is_ended = True
         if self.client:
             self.client.shut()
+        for program in self.programs:
+            if program.poll() is None:
+                kill_group(program.pid, signal.SIGTERM)
 
     kill = terminate
-
-
-# On Ctrl-C and the like forked workers get a signal. A thread is woken from what it waits for.
-@contextlib.contextmanager
-def ending_threads(workers):
-    try:
-        yield
-    except BaseException:
-        for worker in workers:
-            if isinstance(worker, WorkerThread) and worker.is_alive():
-                worker.terminate()
-        raise
 
 
 # The ambient task of ansible-core 2.19 and later.
@@ -386,32 +389,46 @@ class Outside:
     def __init__(self, stock):
         self.stock = stock
         self.stdout, self.stderr = io.StringIO(), io.StringIO()
-        self.changed = None         # (environment, directory) that a plugin left different at a handover
+        self.changed = None         # the surroundings that a plugin left different at a handover
 
     def put_on(self):
-        self.before = sys.stdout, sys.stderr, os.environ.copy(), os.getcwd()
+        self.before = sys.stdout, sys.stderr, surroundings()
         sys.stdout, sys.stderr = self.stdout, self.stderr
         display._final_q = self.stock._final_q
         worker_process.current_worker = self.stock
         if self.changed:
-            set_surroundings(*self.changed)
+            set_surroundings(self.changed)
         self.since = time.monotonic()
 
     def take_off(self):
         if time.monotonic() - self.since > LONG:
             _heavy.add(self.stock._task._uuid)
-        sys.stdout, sys.stderr, environ, directory = self.before
+        sys.stdout, sys.stderr, before = self.before
         display._final_q = worker_process.current_worker = None
-        now_is = os.environ.copy(), os.getcwd()
-        self.changed = now_is if now_is != (environ, directory) else None
+        after = surroundings()
+        self.changed = after if after != before else None
         if self.changed:
-            set_surroundings(environ, directory)
+            set_surroundings(before)
 
 
-def set_surroundings(environ, directory):
-    os.environ.clear()
-    os.environ.update(environ)
-    os.chdir(directory)
+# The environment as os.environ keeps it: to decode it takes 0.2 ms, ten times a task.
+def surroundings():
+    try:
+        return os.environ._data.copy(), os.getcwd()
+    except FileNotFoundError:
+        return os.environ._data.copy(), None
+
+
+def set_surroundings(wanted):
+    environ, directory = wanted
+    for name in os.environ._data.keys() - environ.keys():
+        os.unsetenv(name)
+    for name, value in environ.items():
+        os.putenv(name, value)
+    os.environ._data.clear()
+    os.environ._data.update(environ)
+    if directory:
+        os.chdir(directory)
 
 
 class Baton:
@@ -419,23 +436,40 @@ class Baton:
         self.lock = threading.Lock()
         self.news = threading.Event()       # a result came, or a worker ended: the main thread has something to do
         self.held = threading.local()       # .by: the WorkerThread that this thread is
+        self.workers = set()                # those that have not ended
 
-    # For the main thread, while a play runs.
+    # For the main thread, while a play runs. Ctrl-C ends the workers, as the signal that they get ends forked ones.
     def __enter__(self):
-        self.lock.acquire()
+        self.take()
 
-    def __exit__(self, *exc):
+    def __exit__(self, kind, *exc):
+        if kind:
+            self.end_workers()
         self.lock.release()
+
+    def take(self):
+        try:
+            self.lock.acquire()
+        except BaseException:
+            self.end_workers()
+            self.lock.acquire()
+            raise
+
+    def end_workers(self):
+        for worker in list(self.workers):
+            worker.terminate()
 
     @contextlib.contextmanager
     def held_by(self, worker):
         self.held.by = worker
+        self.workers.add(worker)
         self.lock.acquire()
         worker.outside.put_on()
         try:
             yield
         finally:
             worker.outside.take_off()
+            self.workers.discard(worker)
             self.lock.release()
 
     # Around whatever a worker waits for. For anybody else it means nothing.
@@ -451,6 +485,8 @@ class Baton:
             if worker:
                 self.lock.acquire()
                 worker.outside.put_on()
+                if worker.is_ended:
+                    raise SystemExit
 
     # Around a wait that is known to be short, and inside of which nobody else may run.
     @contextlib.contextmanager
@@ -470,8 +506,11 @@ class Baton:
         try:
             self.news.wait(0.002 if multiprocessing.active_children() else 0.2)
             self.news.clear()
+        except BaseException:
+            self.end_workers()
+            raise
         finally:
-            self.lock.acquire()
+            self.take()
 
 
 baton = Baton()
@@ -529,10 +568,13 @@ def setting_queue_in_forks(set_queue):
 
 # A stock worker has no stdin and no terminal, so neither have the programs that its plugins start.
 def starting_without_terminal(start):
-    def patched_init(process, args, bufsize=-1, executable=None, stdin=None, stdout=None, stderr=None, *more, **options):
-        if getattr(baton.held, 'by', None):
+    def patched_init(process, args, bufsize=-1, executable=None, stdin=None, stdout=None, stderr=None, *more,
+                     **options):
+        worker = getattr(baton.held, 'by', None)
+        if worker:
             stdin, stdout, stderr = [subprocess.DEVNULL if f is None else f for f in (stdin, stdout, stderr)]
             options.setdefault('start_new_session', True)
+            worker.programs.append(process)
         start(process, args, bufsize, executable, stdin, stdout, stderr, *more, **options)
     return patched_init
 
@@ -590,14 +632,17 @@ def agent_class(stock):
     return type(stock.__name__, (AgentConnection, stock), {'__module__': stock.__module__})
 
 
-class AgentConnection(ConnectionBase):      # a base that it shares with the stock plugin, or no instance could change over
+# Its base is one that it shares with the stock plugins: otherwise no instance could change over.
+class AgentConnection(ConnectionBase):
     _escalation = None      # the last command that Ansible wrapped for become
     _plain_build = None     # the become plugin's own build_become_command
     _wants_files = False    # modules are to be run from files on the target
+    _wants_tty = None       # ssh's arguments ask for a terminal; None: not looked at yet
 
     # Pipelining is ours to decide, but for somebody who set it to false for this very host or task.
     def set_options(self, task_keys=None, var_options=None, direct=None):
         super().set_options(task_keys=task_keys, var_options=var_options, direct=direct)
+        self._wants_tty = None
         self._wants_files = any(name in (var_options or {}) and not boolean(var_options[name], strict=False)
                                 for name in ('ansible_pipelining', 'ansible_ssh_pipelining'))
 
@@ -615,7 +660,8 @@ class AgentConnection(ConnectionBase):      # a base that it shares with the sto
 
     def exec_command(self, cmd, in_data=None, sudoable=True):
         try:
-            if is_carried(self):
+            # A shell command on this machine costs no more the stock way.
+            if is_carried(self) and (isinstance(in_data, Payload) or self.transport != 'local'):
                 display.vvv('EXEC %s' % to_text(cmd), host=self._play_context.remote_addr)
                 command = Command(to_text(cmd), self._escalation, self._play_context.executable)
                 return Carrier(self).run(command, in_data, sudoable)
@@ -663,10 +709,12 @@ def default_ssh_args():
 
 
 # Not with a tty under the data, which it would garble: stock Ansible gives up pipelining for the same reason.
-# Not for one who wants to see what a become program prints before each command: ours is asked once.
 def is_carried(connection):
-    return (isinstance(connection, AgentConnection) and not getattr(connection, '_is_tty_requested', bool)()
-            and (not connection.become or connection._options.get('become_strip_preamble') is not False))
+    if not isinstance(connection, AgentConnection):
+        return False
+    if connection._wants_tty is None:
+        connection._wants_tty = getattr(connection, '_is_tty_requested', bool)()
+    return not connection._wants_tty
 
 
 # What an AgentConnection does with the help of the broker; beside it, so that no name of ours hides one of the stock
@@ -720,7 +768,8 @@ class Carrier:
                                    self.shell, self.silence, self.cwd)]
 
     def login(self):
-        return login_plan(self.connection, self.shell, max(self.silence, setting('boot_timeout')))
+        return login_plan(self.connection, self.shell, max(self.silence, setting('boot_timeout')),
+                          identity_of(self.connection))
 
     # Stock ssh asks for a terminal for commands without input: sudo in a raw task may need one, and `ls` behaves.
     def wants_tty(self, in_data, sudoable):
@@ -810,6 +859,19 @@ class Carrier:
         return '%s@%s' % (self.context.remote_user or '', self.context.remote_addr)
 
 
+_identities = {}        # what decides over a login -> the command line for it
+
+
+# To ask the plugin takes 1 ms. So it is asked once for what it cannot but answer alike.
+def identity_of(connection):
+    context = connection._play_context
+    known = (type(connection), repr(connection._options), context.remote_addr, context.remote_user, context.port,
+             context.password, context.private_key_file, context.timeout)
+    if known not in _identities:
+        _identities[known] = connection.agent_argv(PLACEHOLDER)
+    return _identities[known]
+
+
 # Where Ansible looks for a Python when it is told nothing.
 def python_names():
     return list(C.config.get_config_value('INTERPRETER_PYTHON_FALLBACK'))
@@ -824,7 +886,7 @@ class Escalation:
     wrapped: str
 
 
-# A command line as it reaches exec_command, taken apart: the shell, what it is to run, and whether in the become account.
+# A command line as it reaches exec_command, taken apart: the shell, what it is to run, whether in the become account.
 class Command:
     def __init__(self, text, escalation, executable):
         shell = executable + ' -c ' if executable else ''
@@ -838,7 +900,8 @@ class Command:
             self.plain = shlex.split(text[len(shell):])[0].removesuffix(RACE_GUARD)
         else:
             self.plain, shell = text, ''
-        self.argv = (shlex.split(shell) or ['/bin/sh', '-c']) + [self.plain]
+        # Without a shell of Ansible's it is the login shell's, as when sshd gets it.
+        self.argv = shlex.split(shell) + [self.plain] if shell or not self.escalated else ['/bin/sh', '-c', self.plain]
 
     # The interpreter that a module is piped to, as words, and the environment in front of it.
     def interpreter(self):
@@ -885,7 +948,7 @@ def building_for_connection(configure_module):
 
 def making_payloads(modify_module):
     def patched_modify(*args, **kwargs):
-        if not getattr(_local, 'building', False) or not is_plain_run(kwargs.get('task_vars')):
+        if not getattr(_local, 'building', False):
             return modify_module(*args, **kwargs)
 
         def build():
@@ -918,21 +981,27 @@ def with_payload(built, real_bytes, rebuild):
     data = module_bytes(built)
     if TOC_MARK not in data:
         return built            # not a Python module: nothing of it was catalogued
-    payload = Payload(data)
-    vars(payload).update(parse_wrapper(data.decode()), real_bytes=real_bytes, rebuild=rebuild)
+    found = parse_wrapper(data.decode())
+    payload = Payload(data) if found else real_bytes()
+    if found:
+        vars(payload).update(found, real_bytes=real_bytes, rebuild=rebuild)
     if isinstance(built, tuple):
         return (payload,) + built[1:]
     return dataclasses.replace(built, b_module_data=payload)
 
 
-# The wrapper's own literals are the one place where all versions of Ansible tell what they encoded, and how.
+# The wrapper's own literals are the one place where all versions of Ansible tell what they encoded, and how: a line
+# for each argument of its main function. None for a debugger or a coverage run, which want files on the target.
 def parse_wrapper(text):
-    call = '_ansiballz_main(\n'
-    if call + 'ansible_module=' in text:
-        keywords = ast.parse(text[text.rindex(call + 'ansible_module='):]).body[0].value.keywords
-        value = {k.arg: ast.literal_eval(k.value) for k in keywords if k.arg != 'date_time'}
+    _, found, tail = text.rpartition('    _ansiballz_main(\nansible_module=')
+    if found:
+        lines = dict(line.split('=', 1) for line in tail.splitlines() if '=' in line)
+        value = {name: ast.literal_eval(lines[name].rstrip(',')) for name in
+                 ('zip_data', 'params', 'module_fqn', 'profile', 'rlimit_nofile', 'extensions')}
     else:
         value = parse_legacy_wrapper(text)
+    if value['extensions']:
+        return None
     return dict(toc=base64.b64decode(value['zip_data']).decode().split(':')[1], fqn=value['module_fqn'],
                 params=value['params'].encode(), profile=value['profile'], rlimit=value['rlimit_nofile'])
 
@@ -945,14 +1014,7 @@ def parse_legacy_wrapper(text):
 
     return dict(zip_data=literal(r'^ +ZIPDATA = (.+)$'), params=literal(r'^ +ANSIBALLZ_PARAMS = (.+)$'), profile='',
                 module_fqn=literal(r"run_module\(mod_name=('[^']+')"),
-                rlimit_nofile=literal(r'min\(existing_hard, (\d+)\)', 0))
-
-
-# A debugger or a coverage run wants its files on the target.
-def is_plain_run(task_vars):
-    return not any(C.config.get_config_value(name, variables=task_vars)
-                   for name in ('_ANSIBALLZ_PYDEVD_CONFIG', '_ANSIBALLZ_DEBUGPY_CONFIG', '_ANSIBALLZ_COVERAGE_CONFIG')
-                   if C.config.get_configuration_definition(name)) and '_ANSIBLE_COVERAGE_CONFIG' not in os.environ
+                rlimit_nofile=literal(r'min\(existing_hard, (\d+)\)', 0), extensions='import coverage' in text)
 
 
 def transferring_real_bytes(transfer_data):
@@ -1037,7 +1099,8 @@ class NoAgent(Exception):
 
 class HopFailed(Exception):
     def __init__(self, head):
-        super().__init__(' '.join(str(head.get(name) or '').strip() for name in ('text', 'tty', 'stdout', 'stderr')).strip())
+        said = [str(head.get(name) or '').strip() for name in ('text', 'tty', 'stdout', 'stderr')]
+        super().__init__(': '.join(text for text in said if text))
         self.head = head
 
 
@@ -1067,8 +1130,8 @@ _idle = []                      # clients of worker threads that have ended
 # One for each thread of each process: a forked worker must not use its parent's.
 def client():
     mine = getattr(_local, 'client', None)
-    if not mine or mine.pid != os.getpid() or not mine.sock:
-        idle = [c for c in _idle if c.pid == os.getpid() and c.sock]
+    if not mine or not mine.is_usable():
+        idle = [other for other in _idle if other.is_usable()]
         mine = _local.client = idle.pop() if idle else Client(door())
         _idle[:] = idle
         worker = getattr(baton.held, 'by', None)
@@ -1179,6 +1242,15 @@ class Client:
         if self.sock:
             self.sock.close()
             self.sock = None
+
+    # Ours, and the broker at the other end has not died meanwhile.
+    def is_usable(self):
+        try:
+            return self.pid == os.getpid() and self.sock.recv(1, socket.MSG_DONTWAIT | socket.MSG_PEEK) != b''
+        except BlockingIOError:
+            return True
+        except (OSError, AttributeError):
+            return False
 
     # From another thread: whatever this client waits for ends at once.
     def shut(self):
@@ -1439,7 +1511,8 @@ class Broker:
         if link.parent:
             link.stream = link.parent.stream
             for above in link.parent.ancestors():
-                above.stream.send(ROUTE, above.number, self.next_hop(above, link.parent), struct.pack('>I', link.number))
+                below = self.next_hop(above, link.parent)
+                above.stream.send(ROUTE, above.number, below, struct.pack('>I', link.number))
             self.tell(link.parent, CALL, ours, pack(dict(head['spec'], call='hop', node=link.number)))
         else:
             link.hop = Hop(self.loop, head['spec'], core(), '/', functools.partial(self.hop_says, link),
@@ -1597,8 +1670,9 @@ def digest(*parts):
     return hashlib.sha1(json.dumps(parts, default=str).encode('utf-8', 'surrogateescape')).hexdigest()
 
 
-def login_plan(connection, shell, patience):
-    argv, cwd, env = connection.agent_argv(PLACEHOLDER)
+# `identity`: what the stock plugin would spawn for the PLACEHOLDER.
+def login_plan(connection, shell, patience, identity):
+    argv, _, env = identity
     squeeze = connection.transport != 'local'
 
     def spec(candidates):
@@ -2240,7 +2314,7 @@ def examine(plugin, argv):
         return report.verdict(e.code)
 
 
-# ======== everything below this line is sent to targets: Python 2.7 and 3.6+, stdlib only, no import side effects ========
+# ======== everything below this line is sent to targets: Python 2.7 and 3.6+, stdlib only, no import side effects =====
 # Rules for what follows: ASCII, no docstrings, no f-strings, comments on lines of their own (they are blanked
 # before the text travels, the line numbers stay), nothing that runs at import. The broker imports it, targets
 # receive it; both speak to each other only in the messages below.
@@ -2416,9 +2490,12 @@ class Loop(object):
                 self.exits.pop(pid)(os.WEXITSTATUS(status) if os.WIFEXITED(status) else 128 + os.WTERMSIG(status))
 
     def turn(self):
+        before = self.running
         dirty, self.dirty = self.dirty, []
         for stream in dirty:
             stream.flush()
+        if self.running != before:
+            return      # what was to be written found the other end gone: there is nothing to wait for
         timeout = 0 if self.idle else None
         if self.timers and not self.idle:
             timeout = max(0, int((self.timers[0][0] - now()) * 1000) + 1)
@@ -2578,6 +2655,7 @@ class Agent(object):
         self.ahead = set()                  # tables of contents whose modules were compiled, or soon will be
         self.spare = None                   # a child that is ready to be a module
         self.cwd = working_directory()
+        self.environ = first_environment()
         self.parent = Stream(self.loop, parent_in, parent_out, self.from_parent, self.orphaned, squeeze)
 
     def from_parent(self, stream, kind, node, request, payload):
@@ -2663,10 +2741,11 @@ class Agent(object):
                 del self.routes[number]
                 self.parent.send(DOWN, number, 0, pack({'text': text}))
 
+        call.head['env'] = self.environ
         hop = Hop(self.loop, call.head, self.core, self.cwd, call.data, up, call.fail_with, down)
         call.on_input, call.cleanup = hop.answer, hop.kill
 
-    # An account is about to be removed, which a process of its own would prevent: end our agents there, and wait for it.
+    # An account is about to be removed, which a process of its own would prevent: end our agents there, and wait.
     def call_retire(self, call, body):
         leaving = [hop for hop, user in self.accounts.items() if user == call.head['user']]
         for hop in leaving:
@@ -2729,21 +2808,22 @@ def describe(error):
 # for passwords and what sudo's requiretty looks for; it carries data only for a command that asked for a terminal.
 
 
-def spawn(argv, cwd=None, env=None, terminal=False, on_terminal=False):
+def spawn(argv, cwd=None, env=None, terminal=False, on_terminal=False, program=None):
     pipes = [os.pipe() for _ in range(3)]
     master, slave = os.openpty() if terminal else (None, None)
     for fd in [fd for pair in pipes for fd in pair] + ([master, slave] if terminal else []):
         private(fd, blocking=True)
     pid = os.fork()
     if not pid:
-        become_program(argv, cwd, env, slave, [slave] * 3 if on_terminal else [pipes[0][0], pipes[1][1], pipes[2][1]])
+        become_program(program or argv[0], argv, cwd, env, slave,
+                       [slave] * 3 if on_terminal else [pipes[0][0], pipes[1][1], pipes[2][1]])
     for fd in (pipes[0][0], pipes[1][1], pipes[2][1]):
         os.close(fd)
     return pid, private(pipes[0][1]), private(pipes[1][0]), private(pipes[2][0]), terminal and private(master), slave
 
 
 # In the child of a fork: never returns.
-def become_program(argv, cwd, env, slave, stdio):
+def become_program(program, argv, cwd, env, slave, stdio):
     try:
         os.setsid()
         if slave is not None:
@@ -2753,7 +2833,7 @@ def become_program(argv, cwd, env, slave, stdio):
             os.dup2(fd, number)
         reset_signals()
         enter(cwd)
-        os.execvpe(to_fs(argv[0]), [to_fs(arg) for arg in argv], environment(env))
+        os.execvpe(to_fs(program), [to_fs(arg) for arg in argv], os.environ if env is None else native(env))
     except BaseException as e:
         os.write(2, ('%s: %s\n' % (argv[0], getattr(e, 'strerror', None) or e)).encode('utf-8', 'replace'))
     finally:
@@ -2766,11 +2846,19 @@ def reset_signals():
         signal.signal(number, signal.SIG_DFL)
 
 
-def environment(extra):
-    env = dict(os.environ)
-    for name, value in (extra or {}).items():
-        env[to_fs(name) if PY2 else name] = to_fs(value) if PY2 else value
-    return env
+# The environment as it was when this process started: Python sets LC_CTYPE for itself where there is no locale, and
+# what we start would not find out that there is none.
+def first_environment():
+    try:
+        with open('/proc/self/environ', 'rb') as file:
+            pairs = [entry.split(b'=', 1) for entry in file.read().split(b'\0') if b'=' in entry]
+    except IOError:
+        return dict(os.environ)
+    return dict((name, value) if PY2 else (os.fsdecode(name), os.fsdecode(value)) for name, value in pairs)
+
+
+def native(env):
+    return dict((to_fs(name), to_fs(value)) for name, value in env.items()) if PY2 else env
 
 
 # A directory that is gone or closed to us is not a reason to fail: the wrapper that Ansible sends does the same.
@@ -3224,9 +3312,13 @@ class Job(object):
         self.call.cleanup = None
         self.call.reply({'rc': code})
 
+    # A terminal stays for a moment: its end hangs up on programs that are just leaving it for the background.
     def release(self):
         for fd in list(self.outputs.values()) + [self.stdin]:
-            if fd is not None:
+            if fd is not None and self.call.head.get('tty'):
+                self.loop.forget(fd)
+                self.loop.later(1, lambda fd=fd: os.close(fd))
+            elif fd is not None:
                 self.loop.close(fd)
         self.outputs, self.stdin = {}, None
 
@@ -3237,11 +3329,16 @@ class Job(object):
         self.loop.later(0.5, lambda: kill_group(self.pid))
 
 
-# head: argv, cwd, env, tty. body: the start of its stdin; more may follow as DATA until END.
+# head: argv, cwd, tty. One word is a line for the login shell. body: the start of its stdin; more may follow as
+# DATA until END.
 def start_command(agent, call, body):
     tty = call.head.get('tty')
-    pid, stdin, stdout, stderr, master, slave = spawn(call.head['argv'], call.head.get('cwd') or agent.cwd,
-                                                      call.head.get('env'), tty, tty)
+    argv, program = call.head['argv'], None
+    if len(argv) == 1:
+        program = greeting()['shell']
+        argv = [os.path.basename(program), '-c'] + argv
+    pid, stdin, stdout, stderr, master, slave = spawn(argv, call.head.get('cwd') or agent.cwd, agent.environ, tty,
+                                                      tty, program)
     outputs = {STDOUT: stdout, STDERR: stderr}
     if tty:
         for fd in (stdin, stdout, stderr, slave):
@@ -3408,7 +3505,7 @@ def run_spare(agent, importer, order, stdout, stderr):
 
 def run_module(agent, importer, head, params):
     root = importer.store.root
-    os.environ.update(environment(head.get('env')))
+    os.environ.update(native(head.get('env') or {}))
     enter(head.get('cwd') or agent.cwd)
     if head['rlimit']:
         import resource
