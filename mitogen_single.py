@@ -2832,12 +2832,25 @@ def become_program(program, argv, cwd, env, slave, stdio):
         for number, fd in enumerate(stdio):
             os.dup2(fd, number)
         reset_signals()
+        if slave in stdio:
+            lead_session()
         enter(cwd)
         os.execvpe(to_fs(program), [to_fs(arg) for arg in argv], os.environ if env is None else native(env))
     except BaseException as e:
         os.write(2, ('%s: %s\n' % (argv[0], getattr(e, 'strerror', None) or e)).encode('utf-8', 'replace'))
     finally:
         os._exit(127)
+
+
+# The end of a session's leader hangs up on all who sit at its terminal, also on those who are just about to leave it
+# for the background. sshd, a login shell and sudo take their time to end; so do we.
+def lead_session():
+    pid = os.fork()
+    if pid:
+        close_fds()
+        status = os.waitpid(pid, 0)[1]
+        time.sleep(0.05)
+        os._exit(os.WEXITSTATUS(status) if os.WIFEXITED(status) else 128 + os.WTERMSIG(status))
 
 
 def reset_signals():
@@ -3312,13 +3325,9 @@ class Job(object):
         self.call.cleanup = None
         self.call.reply({'rc': code})
 
-    # A terminal stays for a moment: its end hangs up on programs that are just leaving it for the background.
     def release(self):
         for fd in list(self.outputs.values()) + [self.stdin]:
-            if fd is not None and self.call.head.get('tty'):
-                self.loop.forget(fd)
-                self.loop.later(1, lambda fd=fd: os.close(fd))
-            elif fd is not None:
+            if fd is not None:
                 self.loop.close(fd)
         self.outputs, self.stdin = {}, None
 
