@@ -1335,7 +1335,7 @@ def run_broker(door):
         null = os.open(os.devnull, os.O_RDWR)
         for fd in range(3):
             os.dup2(null, fd)
-        close_fds(keep=door.fileno())
+        close_fds(door.fileno())
         gc.freeze()
         Broker(door).run()
     finally:
@@ -3092,7 +3092,12 @@ class Importer(object):
         if name == 'ansible.module_utils.common.respawn':
             wrap_respawn(self, module)
 
-    # Python 2
+    # Python 2, whose runpy looks for modules of a package only by way of the package's __path__.
+    def hook(self, path):
+        if not path.startswith(self.store.root):
+            raise ImportError('not ours')
+        return self
+
     def find_module(self, name, path=None):
         return self if self.locate(name)[0] else None
 
@@ -3261,18 +3266,30 @@ BACKLOG = 1 << 20       # bytes waiting for the network above which a child's ou
 
 
 class Job(object):
-    def __init__(self, call, pid, stdin, outputs):
+    def __init__(self, call, pid, stdin, outputs, report=None):
         self.call = call
         self.loop = call.agent.loop
         self.pid = pid
         self.outputs = outputs              # channel -> fd
         self.stdin = stdin
+        self.report = report                # where a module says that it is done
         self.input = collections.deque()
         self.input_over = False
         call.cleanup = self.kill
         self.loop.exits[pid] = self.exited
         for channel, fd in outputs.items():
             self.watch(channel, fd)
+        if report is not None:
+            self.loop.watch(report, readable=self.done)
+
+    # The exit code comes in front of the exit, which takes an interpreter 1 ms.
+    def done(self):
+        code = take(self.report)
+        if code:
+            self.loop.exits[self.pid] = lambda code: None
+            self.exited(ord(code[:1]))
+        else:
+            self.loop.forget(self.report)
 
     def watch(self, channel, fd):
         self.loop.watch(fd, readable=lambda: self.read(channel, fd))
@@ -3326,10 +3343,10 @@ class Job(object):
         self.call.reply({'rc': code})
 
     def release(self):
-        for fd in list(self.outputs.values()) + [self.stdin]:
+        for fd in list(self.outputs.values()) + [self.stdin, self.report]:
             if fd is not None:
                 self.loop.close(fd)
-        self.outputs, self.stdin = {}, None
+        self.outputs, self.stdin, self.report = {}, None, None
 
     def kill(self):
         self.loop.exits[self.pid] = lambda code: None
@@ -3381,7 +3398,7 @@ def fork_module(agent, call, params):
     importer = warm(agent, call.head['toc'])
     spare = agent.spare if agent.spare and agent.spare.fits(agent) else Spare(agent, importer)
     agent.spare = None
-    Job(call, spare.pid, None, {STDOUT: spare.stdout, STDERR: spare.stderr})
+    Job(call, spare.pid, None, {STDOUT: spare.stdout, STDERR: spare.stderr}, spare.report)
     spare.set_off(call.head, params)
     if call.head['toc'] not in agent.ahead:
         agent.ahead.add(call.head['toc'])
@@ -3395,13 +3412,13 @@ def fork_module(agent, call, params):
 class Spare(object):
     def __init__(self, agent, importer):
         self.state = state_of(agent)
-        pipes = [os.pipe() for _ in range(3)]
+        (order, self.order), outputs = os.pipe(), [os.pipe() for _ in range(3)]
         self.pid = os.fork()
         if not self.pid:
-            run_spare(agent, importer, pipes[0][0], pipes[1][1], pipes[2][1])
-        for fd in (pipes[0][0], pipes[1][1], pipes[2][1]):
+            run_spare(agent, importer, order, *[theirs for ours, theirs in outputs])
+        for fd in [order] + [theirs for ours, theirs in outputs]:
             os.close(fd)
-        self.order, self.stdout, self.stderr = pipes[0][1], private(pipes[1][0]), private(pipes[2][0])
+        self.stdout, self.stderr, self.report = [private(ours) for ours, theirs in outputs]
 
     # It has what the agent had when it was made.
     def fits(self, agent):
@@ -3412,7 +3429,7 @@ class Spare(object):
             file.write(pack(head, params))
 
     def discard(self):
-        for fd in (self.order, self.stdout, self.stderr):
+        for fd in (self.order, self.stdout, self.stderr, self.report):
             os.close(fd)
 
 
@@ -3453,6 +3470,8 @@ def warm(agent, toc):
     if finder is None:
         finder = Importer(agent.store, table)
         sys.meta_path.insert(0, finder)
+        if PY2:
+            sys.path_hooks.insert(0, finder.hook)
     if not fits(finder, table):
         purge(finder)
     finder.table = table
@@ -3486,7 +3505,7 @@ def purge(finder):
 
 # In the child of a fork, never returns: become what a module expects to be, with nothing left of the agent, and do what
 # the wrapper does that Ansible would have sent.
-def run_spare(agent, importer, order, stdout, stderr):
+def run_spare(agent, importer, order, stdout, stderr, report):
     code = 0
     try:
         os.setsid()
@@ -3495,7 +3514,7 @@ def run_spare(agent, importer, order, stdout, stderr):
         signal.signal(signal.SIGINT, signal.default_int_handler)
         for fd, number in ((os.open(os.devnull, os.O_RDONLY), 0), (stdout, 1), (stderr, 2)):
             os.dup2(fd, number)
-        close_fds(keep=order)
+        close_fds(order, private(report, blocking=True))
         with os.fdopen(order, 'rb') as file:
             text = file.read()
         if not text:
@@ -3509,7 +3528,7 @@ def run_spare(agent, importer, order, stdout, stderr):
         import traceback
         traceback.print_exc()
         code = 1
-    leave(code)
+    leave(code, report)
 
 
 def run_module(agent, importer, head, params):
@@ -3528,16 +3547,16 @@ def run_module(agent, importer, head, params):
         _loader.run_module(json_params=params, profile=head['profile'], module_fqn=head['fqn'], modlib_path=root,
                            extensions={})
     else:
-        run_legacy(params, head['fqn'], root)
+        run_legacy(params, str(head['fqn']), root)
 
 
-def close_fds(keep=None):
+def close_fds(*kept):
     try:
         fds = [int(name) for name in os.listdir('/dev/fd')]
     except OSError:
         fds = range(256)
     for fd in fds:
-        if fd > 2 and fd != keep:
+        if fd > 2 and fd not in kept:
             try:
                 os.close(fd)
             except OSError as e:
@@ -3556,7 +3575,7 @@ def run_legacy(params, fqn, root):
 
 
 # What the end of an interpreter does, less the freeing of memory: threads, atexit, buffers, exit code.
-def leave(code):
+def leave(code, report):
     try:
         if 'threading' in sys.modules:
             getattr(sys.modules['threading'], '_shutdown', lambda: None)()
@@ -3573,6 +3592,7 @@ def leave(code):
         import traceback
         traceback.print_exc()
     finally:
+        os.write(report, struct.pack('B', (code or 0) & 255))
         os._exit((code or 0) & 255)
 
 

@@ -33,19 +33,20 @@ still pass, which proves that they compare nothing that varies by itself.
     5  RECORD       the callback that writes down everything Ansible reports; the normal form
     6  COMPARE      the base class of all Real tests: stock, then plugin, then compare
     7  TEXT         the source of mitogen_single.py as text
-    8  FACE         install paths, ansible-doc, ad hoc, console, the file's own commands
-    9  SSH          options, passwords, keys; one connection per host
-    10 BECOME       sudo and su, with every kind of trouble
-    11 MODULES      where they come from, how they run, how they die
-    12 STYLES       old-style, WANT_JSON, binary; raw, script, async
-    13 FILES        copy, template, fetch, unarchive, assemble, slurp, synchronize
-    14 CONTROL      local, delegation, blocks, handlers, loops, reconnecting
-    15 FAILURES     what goes wrong on networks and machines
-    16 LEFTOVERS    Ctrl-C and kill -9
-    17 WORLD        one long playbook with everything in it
-    18 PYTHONS      every Python found as target
-    19 BENCH        stock, Mitogen and the plugin in turn; the delaying proxy
-    20 MAIN         the command line
+    8  PIPE         the core alone, in each Python found, over pipes
+    9  FACE         install paths, ansible-doc, ad hoc, console, the file's own commands
+    10 SSH          options, passwords, keys; one connection per host
+    11 BECOME       sudo and su, with every kind of trouble
+    12 MODULES      where they come from, how they run, how they die
+    13 STYLES       old-style, WANT_JSON, binary; raw, script, async
+    14 FILES        copy, template, fetch, unarchive, assemble, slurp, synchronize
+    15 CONTROL      local, delegation, blocks, handlers, loops, reconnecting
+    16 FAILURES     what goes wrong on networks and machines
+    17 LEFTOVERS    Ctrl-C and kill -9
+    18 WORLD        one long playbook with everything in it
+    19 PYTHONS      every Python found as target
+    20 BENCH        stock, Mitogen and the plugin in turn; the delaying proxy
+    21 MAIN         the command line
 """
 import argparse
 import ast
@@ -68,6 +69,7 @@ import signal
 import socket
 import stat
 import statistics
+import struct
 import subprocess
 import sys
 import tarfile
@@ -1270,7 +1272,147 @@ class Text(unittest.TestCase):
         self.assertEqual([name for name in names if name not in allowed and name[0] != '.'], [])
 
 
-# 8 FACE #########################################################################################
+# 8 PIPE #########################################################################################
+# What is sent to targets, started as a target starts it, in every Python that is here: 2.7 to the newest.
+
+HEADER = struct.Struct('>BBIII')
+SHAM = {        # the least that a module needs: its own text, and something that is called basic
+    'ansible/__init__.py': '', 'ansible/module_utils/__init__.py': '', 'ansible/modules/__init__.py': '',
+    'ansible/module_utils/basic.py': '_ANSIBLE_ARGS = None\n',
+    'ansible/modules/sham.py': 'import os, sys\n'
+                               'from ansible.module_utils import basic\n'
+                               'sys.stdout.write(__name__ + " " + basic._ANSIBLE_ARGS.decode() + os.environ["SHAM"])\n'
+                               'sys.stderr.write(__file__)\n'
+                               'sys.exit(7)\n',
+}
+
+
+class Core:
+    """One agent, and the other end of its pipes."""
+
+    def __init__(self, python, text):
+        core = zlib.compress(re.sub(r'(?m)^[ \t]*#.*$', '', text).encode('ascii'), 9)
+        stage = ('import os,zlib\nos.write(1,b"READY")\nd=b""\nwhile len(d)<%d:d+=os.read(0,%d-len(d))\n'
+                 'g=dict(__name__="mitogen_single")\n'
+                 'exec(compile(zlib.decompress(d),"mitogen_single.py","exec"),g)\ng["main"](d,False)'
+                 % (len(core), len(core)))
+        self.process = subprocess.Popen([python, '-c', stage], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+                                        stderr=subprocess.PIPE, bufsize=0)
+        self.write(core)
+        assert self.read(5) == b'READY'
+        self.hello = json.loads(self.frame()[3][4:].decode())
+
+    def write(self, data):
+        self.process.stdin.write(data)
+
+    def read(self, size):
+        data = b''
+        while len(data) < size:
+            more = self.process.stdout.read(size - len(data))
+            if not more:
+                raise EOFError(self.process.stderr.read().decode())
+            data += more
+        return data
+
+    def frame(self):
+        kind, _, _, request, size = HEADER.unpack(self.read(HEADER.size))
+        return KINDS[kind], request, size, self.read(size)
+
+    def send(self, kind, payload, request=0):
+        self.write(HEADER.pack(KINDS.index(kind), 0, 1, request, len(payload)) + payload)
+
+    def call(self, request, body=b'', **head):
+        text = json.dumps(head).encode()
+        self.send('call', struct.pack('>I', len(text)) + text + body, request)
+
+    def answer(self, request):
+        """-> (exit code, stdout, stderr)"""
+        out = {1: b'', 2: b''}
+        while True:
+            kind, asked, _, payload = self.frame()
+            assert asked == request, (kind, asked)
+            if kind == 'data':
+                out[ord(payload[:1])] += payload[1:]
+            else:
+                return json.loads(payload[4:].decode()).get('rc', payload), out[1].decode(), out[2].decode()
+
+    def end(self):
+        for stream in (self.process.stdin, self.process.stdout, self.process.stderr):
+            stream.close()
+        return self.process.wait(10)
+
+
+KINDS = ('hello', 'call', 'data', 'end', 'ack', 'reply', 'fail', 'cancel', 'blobs', 'share', 'route', 'down')
+
+
+class PipeCore(unittest.TestCase):
+
+    def each(self):
+        with open(PLUGIN, encoding='utf-8') as file:
+            above, fence, below = file.read().partition('\n' + FENCE)
+        for name, python in sorted(pythons().items()):
+            with self.subTest(python=name):
+                core = Core(python, '\n' * above.count('\n') + fence + below)
+                try:
+                    yield core
+                finally:
+                    core.end()
+
+    def test_says_who_it_is(self):
+        for core in self.each():
+            self.assertEqual(core.hello['user'], pwd.getpwuid(os.getuid()).pw_name)
+            self.assertEqual(core.hello['pid'], core.process.pid)
+
+    def test_runs_commands(self):
+        for core in self.each():
+            core.call(1, b'input', call='exec', argv=['/bin/sh', '-c', 'cat; echo err >&2; exit 3'])
+            self.assertEqual(core.answer(1), (3, 'input', 'err\n'))
+            core.call(2, call='exec', argv=['/nonexistent/program'])
+            code, out, err = core.answer(2)
+            self.assertEqual((code, out), (127, ''))
+            self.assertIn('/nonexistent/program', err)
+
+    def test_runs_modules_from_ram(self):
+        digests = {path: hashlib.sha1(text.encode()) for path, text in SHAM.items()}
+        table = json.dumps({path: digest.hexdigest() for path, digest in digests.items()}).encode()
+        blobs = [(hashlib.sha1(table).digest(), table)] + [(digests[path].digest(), text.encode())
+                                                           for path, text in SHAM.items()]
+        for core in self.each():
+            core.send('blobs', b''.join(name + struct.pack('>I', len(blob)) + blob for name, blob in blobs))
+            for request in (1, 2, 3):
+                core.call(request, b'args ', call='run', toc=blobs[0][0].hex(), fqn='ansible.modules.sham', profile='',
+                          rlimit=0, env={'SHAM': 'env'}, interpreter=[core.hello['executable']])
+                code, out, err = core.answer(request)
+                self.assertEqual((code, out), (7, '__main__ args env'), err)
+                self.assertTrue(err.endswith('.zip/ansible/modules/sham.py'), err)
+
+    def test_names_the_true_line(self):
+        with open(PLUGIN, encoding='utf-8') as file:
+            lines = file.read().splitlines()
+        for core in self.each():
+            core.send('share', b'')
+            with self.assertRaises(EOFError) as caught:
+                while True:
+                    core.frame()
+            found = re.findall(r'"mitogen_single.py", line (\d+), in on_share', str(caught.exception))
+            self.assertIn('struct.unpack_from', lines[int(found[0]) - 1])
+
+    def test_garbage_ends_it(self):
+        for core in self.each():
+            core.write(b'\xff' * 64)
+            with self.assertRaises(EOFError):
+                core.frame()
+            self.assertEqual(core.end(), 0)
+
+    def test_end_of_input_ends_it_and_its_children(self):
+        for core in self.each():
+            core.call(1, call='exec', argv=['/bin/sh', '-c', 'echo $$; trap "" TERM; sleep 60'])
+            child = int(core.frame()[3][1:])
+            core.end()
+            wait_for(lambda: not os.path.exists('/proc/%d' % child), 3, 'its child lives on')
+
+
+# 9 FACE #########################################################################################
 
 THREE_TASKS = '''
 - hosts: all
@@ -1380,7 +1522,7 @@ class RealInstall(Real):
         self.assertEqual(play.left_behind(), [])
 
 
-# 9 SSH ##########################################################################################
+# 10 SSH ##########################################################################################
 
 WHO = '''
 - hosts: all
@@ -1562,7 +1704,7 @@ class RealSsh(Real):
                              hosts={'t1': {'ansible_ssh_private_key_file': LAB.path('locked_key')}})
 
 
-# 10 BECOME ######################################################################################
+# 11 BECOME ######################################################################################
 
 BECOME_WHO = '''
 - hosts: all
@@ -1698,7 +1840,7 @@ class RealBecome(Real):
             shutil.rmtree(path)
 
 
-# 11 MODULES #####################################################################################
+# 12 MODULES #####################################################################################
 
 PROBE = '''
     #!/usr/bin/python
@@ -2055,7 +2197,7 @@ THIRTEEN = tasks(
     '    - file: {path: "{{ base }}", state: absent}\n'
 
 
-# 12 STYLES ######################################################################################
+# 13 STYLES ######################################################################################
 # What is not a new-style Python module goes Ansible's own generic way, through our connection.
 
 STYLE_MODULES = {
@@ -2170,7 +2312,7 @@ class RealStyles(Real):
         wait_for(lambda: os.path.exists('/home/mslab/async'), 8, 'the job did not survive')
 
 
-# 13 FILES #######################################################################################
+# 14 FILES #######################################################################################
 
 def archive():
     """A small tar file, bytes."""
@@ -2360,7 +2502,7 @@ class RealMemory(Real):
                      'fetch: {src: OUT/big, dest: fetched/big, flat: true}').replace('OUT', self.out)
 
 
-# 14 CONTROL #####################################################################################
+# 15 CONTROL #####################################################################################
 
 OWN_CONNECTION = '''
     DOCUMENTATION = """
@@ -2625,7 +2767,7 @@ class RealControl(Real):
                      files={'f': 'in a file\n'})
 
 
-# 15 FAILURES ####################################################################################
+# 16 FAILURES ####################################################################################
 
 GO_ON = '''
 - hosts: all
@@ -2849,7 +2991,7 @@ def self_login():
     return {'ansible_user': getpass.getuser()}
 
 
-# 16 LEFTOVERS ###################################################################################
+# 17 LEFTOVERS ###################################################################################
 
 ANSIBLES_OWN = re.compile(r'ansible-local-|/pymp-|/ansible-tmp-')      # after kill -9 nobody is left to remove them
 
@@ -2976,7 +3118,7 @@ class RealLeftovers(Real):
         self.assertEqual(grown, {})
 
 
-# 17 WORLD #######################################################################################
+# 18 WORLD #######################################################################################
 # The playbook by which the whole is judged: what people write, in one run, on every ansible-core.
 
 WORLD_BOOK = '''
@@ -3309,7 +3451,7 @@ def fetched_files(play):
     return {path: mode_owner_content[3] for path, mode_owner_content
             in snapshot(os.path.join(play.dir, 'fetched')).items()}
 
-# 18 PYTHONS #####################################################################################
+# 19 PYTHONS #####################################################################################
 
 class RealPythons(Real):
     """Every Python found, as the target of the ansible-core that still supports it."""
@@ -3357,7 +3499,7 @@ class RealPythons(Real):
                               'msg', 'child_pid', 'started'))
 
 
-# 19 BENCH #######################################################################################
+# 20 BENCH #######################################################################################
 # Ratios, not times: the engines take turns, and every run starts without a living connection.
 
 class Workload:
@@ -3586,7 +3728,7 @@ def big_file(workload):
     return path
 
 
-# 20 MAIN ########################################################################################
+# 21 MAIN ########################################################################################
 
 class Result(unittest.TextTestResult):
     """Counts passes, and says each reason for a skip in a line of its own."""
