@@ -1390,8 +1390,11 @@ class Broker:
         self.loop.start()
         self.loop.watch(private(self.door.fileno()), readable=self.admit)
         self.watch_parent()
-        while self.loop.running:
-            self.loop.turn()
+        try:
+            while self.loop.running:
+                self.loop.turn()
+        except Exception:
+            self.give_up(traceback.format_exc())
         for link in list(self.links.values()):
             self.close_link(link)
         deadline = now() + 4
@@ -1399,6 +1402,13 @@ class Broker:
             self.loop.later(0.1, lambda: None)
             self.loop.turn()
         os._exit(0)
+
+    # A fault of ours: tell it to everybody who waits. The next task starts another broker.
+    def give_up(self, text):
+        for stream, requests in list(self.clients.items()):
+            for request in list(requests):
+                self.fail(stream, request, 'lost', 'the broker failed: ' + text)
+            stream.flush()
 
     # kill -9 closes our door only when the last of its children is gone too: look at who our parent is as well.
     def watch_parent(self):
@@ -1563,7 +1573,14 @@ class Broker:
 
     # ---- from agents
 
-    def from_agent(self, top, stream, kind, node, request, payload):
+    # Whatever an agent sends that we cannot make sense of closes the link that it came by, and nothing else.
+    def from_agent(self, stream, kind, node, request, payload):
+        try:
+            self.take_frame(stream, kind, node, request, payload)
+        except (LookupError, TypeError, ValueError, AttributeError, struct.error) as e:
+            raise ProtocolError('malformed: %s' % describe(e))
+
+    def take_frame(self, stream, kind, node, request, payload):
         link = self.numbers.get(node)
         if not link or link.stream is not stream:
             raise ProtocolError('an agent spoke for another one')
@@ -1597,9 +1614,9 @@ class Broker:
             stream.send(DATA, 0, request, bytes([channel]) + data)
 
     def hop_is_up(self, link, hello, stream):
-        link.hello = hello
+        link.hello = checked(hello)
         if link.hop:
-            stream.receive = functools.partial(self.from_agent, link)
+            stream.receive = self.from_agent
         self.requests.pop(link.request, None)
         for client, request, *_ in [link.guide] + link.waiters:
             self.answer(client, REPLY, request, pack(hello))
@@ -2906,6 +2923,14 @@ def take(fd):
         return None if says_again(e) else b''
 
 
+# What we rely on in what an agent says of itself.
+def checked(hello):
+    words = hello.get('names')
+    if not isinstance(words, list) or not all(isinstance(word, type(u'')) for word in words + [hello.get('user')]):
+        raise ProtocolError('malformed greeting')
+    return hello
+
+
 # A program that is to become an agent. spec: argv, cwd, env, mark (what it prints when it is ready for the core),
 # eager (send the core at once: nothing on the way reads a password from stdin), patience (seconds without a sign of
 # life before we give up), squeeze. Until it is up, all that it says goes to `output(channel, bytes)`, and whoever
@@ -2971,7 +2996,7 @@ class Hop(object):
     def greeted(self, stream, kind, node, request, payload):
         if kind != HELLO or self.state != 'mark':
             raise ProtocolError('no greeting')
-        hello, _ = unpack(payload)
+        hello = checked(unpack(payload)[0])
         cancel(self.timer)
         self.state = 'up'
         self.up(hello, stream)
