@@ -360,7 +360,8 @@ class WorkerThread(threading.Thread):
     def close(self):
         self.stock = None
 
-    pid = None      # nothing to send a signal to: terminate() is called as well, or the process ends
+    # `pid`: there is nothing to send a signal to. Where a process gets one, we get a call, or the process ends.
+    pid = None
 
     def terminate(self):
         self.is_ended = True
@@ -440,7 +441,7 @@ class Baton:
 
     # For the main thread, while a play runs. Ctrl-C ends the workers, as the signal that they get ends forked ones.
     def __enter__(self):
-        self.take()
+        self.lock.acquire()
 
     def __exit__(self, kind, *exc):
         if kind:
@@ -671,22 +672,19 @@ class AgentConnection(ConnectionBase):
         return super().exec_command(cmd, in_data=data, sudoable=sudoable)
 
     def put_file(self, in_path, out_path):
-        try:
-            if is_carried(self) and self.transport != 'local':
-                display.vvv('PUT %s TO %s' % (in_path, out_path), host=self._play_context.remote_addr)
-                return Carrier(self).put(in_path, out_path)
-        except NoAgent as e:
-            display.v('stock Ansible transfers this, there is no agent: %s' % e, host=self._play_context.remote_addr)
-        return super().put_file(in_path, out_path)
+        return self.transfer_by_agent('PUT', Carrier.put, super().put_file, in_path, out_path)
 
     def fetch_file(self, in_path, out_path):
+        return self.transfer_by_agent('FETCH', Carrier.fetch, super().fetch_file, in_path, out_path)
+
+    def transfer_by_agent(self, verb, ours, stock, in_path, out_path):
         try:
             if is_carried(self) and self.transport != 'local':
-                display.vvv('FETCH %s TO %s' % (in_path, out_path), host=self._play_context.remote_addr)
-                return Carrier(self).fetch(in_path, out_path)
+                display.vvv('%s %s TO %s' % (verb, in_path, out_path), host=self._play_context.remote_addr)
+                return ours(Carrier(self), in_path, out_path)
         except NoAgent as e:
             display.v('stock Ansible transfers this, there is no agent: %s' % e, host=self._play_context.remote_addr)
-        return super().fetch_file(in_path, out_path)
+        return stock(in_path, out_path)
 
     def reset(self):
         if is_carried(self):
