@@ -3837,6 +3837,9 @@ def run_tests(arguments):
 
 
 def main(arguments):
+    # Whoever started us may have ignored them (nohup, a shell's &); the plays that get them must not.
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     # As Ctrl-C, and not as SystemExit, which unittest takes for the failure of one test.
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     commands = {'bench': bench, 'proxy': proxy}
