@@ -1032,12 +1032,14 @@ class Real(unittest.TestCase):
         if self.core != NEWEST if pipelining is None else pipelining:
             options['env'] = dict(options.get('env') or {}, ANSIBLE_PIPELINING='1')
         shutil.rmtree(self.out, ignore_errors=True)
+        fresh_homes()
         stock = self.new(self.stock, book, **options).run()
         stock_files = snapshot(self.out)
         shutil.rmtree(self.out, ignore_errors=True)
         self.assertEqual(stock.rc, rc, 'the test is wrong, stock says:\n' + stock.tail())
         self.remove_control(stock)
         stock.sweep()
+        fresh_homes()
         if between:
             between()
         ours = self.run_ours(book, leftovers=leftovers, **options)
@@ -1087,6 +1089,13 @@ class Real(unittest.TestCase):
             self.assertEqual(dict(ours.sessions()), logins, 'commands over ssh')
         if self.ours and sudos is not None:
             self.assertEqual(dict(ours.sudos()), sudos, 'sudo commands')
+
+
+def fresh_homes():
+    """Modules warn when they make ~/.ansible/tmp: both runs shall have to."""
+    for path in glob.glob('/home/ms*/.ansible') if ROOT else ():
+        shutil.rmtree(path)
+
 
 # 7 TEXT #########################################################################################
 # The invariants that keep the file readable, and fit to be sent.
