@@ -1415,8 +1415,10 @@ class PipeCore(unittest.TestCase):
 
     def test_end_of_input_ends_it_and_its_children(self):
         for core in self.each():
-            core.call(1, call='exec', argv=['/bin/sh', '-c', 'echo $$; trap "" TERM; sleep 60'])
-            child = int(core.frame()[3][1:])
+            with tempfile.NamedTemporaryFile('r') as told:
+                core.call(1, call='exec', argv=['/bin/sh', '-c', 'trap "" TERM; echo $$ > %s; sleep 60' % told.name])
+                wait_for(lambda: os.path.getsize(told.name), 5, 'it does not start')
+                child = int(told.read())
             core.end()
             wait_for(lambda: not os.path.exists('/proc/%d' % child), 3, 'its child lives on')
 
