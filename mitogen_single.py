@@ -3435,8 +3435,10 @@ def start_module(agent, call, body):
 def fork_module(agent, call, params):
     call.on_input = None
     importer = warm(agent, call.head['toc'])
-    spare = agent.spare if agent.spare and agent.spare.fits(agent) else Spare(agent, importer)
-    agent.spare = None
+    if agent.spare and not agent.spare.fits(agent):
+        agent.spare.discard()
+        agent.spare = None
+    spare, agent.spare = agent.spare or Spare(agent, importer), None
     Job(call, spare.pid, None, {STDOUT: spare.stdout, STDERR: spare.stderr}, spare.report)
     spare.set_off(call.head, params)
     if call.head['toc'] not in agent.ahead:
