@@ -2305,11 +2305,12 @@ class RealStyles(Real):
 
     def test_async(self):
         self.compare(tasks(
-            '{command: sleep 0.5, async: 30, poll: 1}',
-            '{command: /bin/false, async: 30, poll: 1, ignore_errors: true}',
-            '{name: start, command: sleep 0.5, async: 30, poll: 0, register: job}',
+            # Slow enough, and asked seldom enough, that both are asked as often.
+            '{command: sleep 0.5, async: 30, poll: 3}',
+            '{command: /bin/false, async: 30, poll: 2, ignore_errors: true}',
+            '{name: start, command: sleep 2.5, async: 30, poll: 0, register: job}',
             '{name: wait, async_status: {jid: "{{ job.ansible_job_id }}"}, register: done, until: done.finished, '
-            'retries: 60, delay: 1}',
+            'retries: 60, delay: 4}',
             '{name: tidy, async_status: {jid: "{{ job.ansible_job_id }}", mode: cleanup}}',
             '{name: too slow, command: sleep 20, async: 1, poll: 1, ignore_errors: true}'),
             without=('attempts', 'retries', 'msg', 'started', 'finished', 'stdout', 'stderr',
