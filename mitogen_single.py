@@ -429,7 +429,8 @@ def set_surroundings(wanted):
     os.environ._data.clear()
     os.environ._data.update(environ)
     if directory:
-        os.chdir(directory)
+        with contextlib.suppress(OSError):      # it was removed meanwhile
+            os.chdir(directory)
 
 
 class Baton:
