@@ -416,7 +416,7 @@ class Outside:
 def surroundings():
     try:
         return os.environ._data.copy(), os.getcwd()
-    except FileNotFoundError:
+    except OSError:
         return os.environ._data.copy(), None
 
 
@@ -470,9 +470,11 @@ class Baton:
         try:
             yield
         finally:
-            worker.outside.take_off()
-            self.workers.discard(worker)
-            self.lock.release()
+            try:
+                worker.outside.take_off()
+            finally:        # whatever happens, the others go on
+                self.workers.discard(worker)
+                self.lock.release()
 
     # Around whatever a worker waits for. For anybody else it means nothing.
     @contextlib.contextmanager
