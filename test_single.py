@@ -2742,11 +2742,12 @@ class RealControl(Real):
         self.assertEqual(*results)
 
     def test_other_connections_are_left_alone(self):
-        """A connection plugin of the user's own, in the same play as ours."""
+        """A connection plugin of the user's own, in the same play as ours: it runs here, as root, and so in a home
+        of its own."""
         files = {'connection_plugins/mine.py': OWN_CONNECTION}
         self.compare(WHO + '    - copy: {content: "x", dest: "/tmp/mitogen_single_test_{{ inventory_hostname }}"}\n'
                      '    - file: {path: "/tmp/mitogen_single_test_{{ inventory_hostname }}", state: absent}\n',
-                     hosts={'t1': {}, 'm1': {'ansible_connection': 'mine'}}, files=files,
+                     hosts={'t1': {}, 'm1': {'ansible_connection': 'mine', 'ansible_user': None}}, files=files,
                      env={'ANSIBLE_CONNECTION_PLUGINS': 'connection_plugins'}, logins={LAB.login: 1})
 
     @newest
