@@ -1871,8 +1871,8 @@ class BecomeDialogue(Dialogue):
 
 
 # 10 SHIPPING #########################################################################################################
-# The part of this file below the fence, as it travels: comments blanked, line numbers kept, so that a traceback from a
-# target names the true line of this file.
+# The part of this file below the fence, as it travels: without comments, with one blank for four, and with its line
+# numbers, so that a traceback from a target names the true line of this file.
 
 FENCE = '# ======== everything below this line is sent to targets'
 
@@ -1881,7 +1881,8 @@ FENCE = '# ======== everything below this line is sent to targets'
 def core():
     source = inspect.getsource(sys.modules[__name__])
     above, fence, below = source.partition('\n' + FENCE)
-    text = re.sub(r'(?m)^[ \t]*#.*$', '', fence + below)
+    text = re.sub(r'(?m)(^ *|  )#.*$', '', fence + below)
+    text = re.sub(r'(?m)^ +', lambda found: ' ' * (len(found.group()) // 4), text)
     return zlib.compress(('\n' * above.count('\n') + text).encode('ascii'), 9)
 
 
@@ -2342,9 +2343,9 @@ def examine(plugin, argv):
 
 
 # ======== everything below this line is sent to targets: Python 2.7 and 3.6+, stdlib only, no import side effects =====
-# Rules for what follows: ASCII, no docstrings, no f-strings, comments on lines of their own (they are blanked
-# before the text travels, the line numbers stay), nothing that runs at import. The broker imports it, targets
-# receive it; both speak to each other only in the messages below.
+# Rules for what follows: ASCII, no docstrings, no f-strings, no string over several lines, comments on lines of their
+# own or behind two blanks (they do not travel, the line numbers stay), nothing that runs at import. The broker imports
+# it, targets receive it; both speak to each other only in the messages below.
 
 # 12 WIRE #############################################################################################################
 # A frame is a header and a payload. `node` is the agent that a frame goes to (down) or comes from (up), `request`
@@ -3124,8 +3125,8 @@ class Importer(object):
         path, _ = self.locate(name)
         self.loaded[name] = path, self.table[path]
         exec(self.get_code(name), module.__dict__)
-        if name == 'ansible.module_utils.common.respawn':
-            wrap_respawn(self, module)
+        if name in AMENDED:
+            AMENDED[name](self, module)
 
     # Python 2, whose runpy looks for modules of a package only by way of the package's __path__.
     def hook(self, path):
@@ -3223,6 +3224,24 @@ def wrap_respawn(importer, module):
         respawn(interpreter_path)
 
     module.respawn_module = respawn_module
+
+
+# run_command looks twice, whether its program ended. One that ends between the two looks is waited for in a select of
+# nothing, for the second that this may take: up to one in twelve short commands on a busy machine.
+def wrap_selectors(importer, module):
+    selectors = getattr(module, 'selectors', None)
+    if not hasattr(selectors, 'PollSelector'):
+        return
+
+    class PollSelector(selectors.PollSelector):
+        def select(self, timeout=None):
+            return selectors.PollSelector.select(self, timeout) if self.get_map() else []
+
+    module.selectors = type(sys)('selectors')
+    vars(module.selectors).update(vars(selectors), PollSelector=PollSelector)
+
+
+AMENDED = {'ansible.module_utils.common.respawn': wrap_respawn, 'ansible.module_utils.basic': wrap_selectors}
 
 
 # 17 FILES ############################################################################################################
