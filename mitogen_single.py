@@ -92,6 +92,7 @@ import traceback
 import types
 import zipfile
 import zlib
+from multiprocessing.reduction import ForkingPickler
 
 try:
     from ansible import constants as C
@@ -191,6 +192,7 @@ def patches():
         (free_strategy, 'time', with_sleep_until_news),
         (task_executor, 'time', with_sleep_in_turn),
         (FinalQueue, 'get', getting_in_turn),
+        (FinalQueue, 'put', putting_in_turn),
         (Display, 'set_queue', setting_queue_in_forks),
         (subprocess.Popen, '__init__', starting_without_terminal),
         # A module for one of our connections is built with a table of contents in the place of its zip ...
@@ -560,6 +562,18 @@ def getting_in_turn(get):
             _local.has_baton = True
         return item
     return patched_get
+
+
+# The pipe to that thread holds 64 kB. A worker must not wait with the baton in its hand until there is room for more:
+# the reader needs the baton first.
+def putting_in_turn(put):
+    def patched_put(queue, item):
+        if not getattr(baton.held, 'by', None):
+            return put(queue, item)
+        data = ForkingPickler.dumps(item)
+        with baton.passed_on(), queue._wlock:
+            queue._writer.send_bytes(data)
+    return patched_put
 
 
 # Up to ansible-core 2.18 a worker does this for itself. For a thread it is done whenever it gets the baton.

@@ -2687,6 +2687,12 @@ class RealControl(Real):
             '''.replace('OUT', '/tmp/mitogen_single_test_loop'), logins={LAB.login: 1},
             files={'inc.yml': '- command: "echo {{ outer }}"\n'}, without=('attempts',))
 
+    @newest
+    def test_results_larger_than_a_pipe(self):
+        """Workers tell their results through a pipe, to a thread that may have to wait for them."""
+        self.compare(tasks('{command: "echo {{ \'x\' * 3000 }} {{ item }}", loop: "{{ range(30) | list }}"}',
+                           '{debug: {msg: "{{ \'x\' * 100000 }}"}}'), hosts=many_hosts(3), pipelining=True)
+
     def test_reset_and_wait_for_connection(self):
         self.compare('''
             - hosts: all
