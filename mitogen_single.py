@@ -66,6 +66,7 @@ import ast
 import atexit
 import base64
 import contextlib
+import contextvars
 import copy
 import dataclasses
 import functools
@@ -194,6 +195,8 @@ def patches():
         (FinalQueue, 'get', getting_in_turn),
         (FinalQueue, 'put', putting_in_turn),
         (Display, 'set_queue', setting_queue_in_forks),
+        # Items of a loop do not wait for each other's answers where they may not.
+        (task_executor.TaskExecutor, '_run_loop', running_items_ahead),
         (subprocess.Popen, '__init__', starting_without_terminal),
         # A module for one of our connections is built with a table of contents in the place of its zip ...
         (action, '_configure_module', building_for_connection),
@@ -344,6 +347,7 @@ class WorkerThread(threading.Thread):
         return self.exitcode is None
 
     def run(self):
+        baton.workers.add(self)
         with baton.held_by(self):
             try:
                 if not self.is_ended:
@@ -357,6 +361,7 @@ class WorkerThread(threading.Thread):
                     display.error(traceback.format_exc())
             keep_client(self)
             self.exitcode = code
+            baton.workers.discard(self)
         baton.news.set()
 
     def close(self):
@@ -466,7 +471,6 @@ class Baton:
     @contextlib.contextmanager
     def held_by(self, worker):
         self.held.by = worker
-        self.workers.add(worker)
         self.lock.acquire()
         worker.outside.put_on()
         try:
@@ -475,7 +479,6 @@ class Baton:
             try:
                 worker.outside.take_off()
             finally:        # whatever happens, the others go on
-                self.workers.discard(worker)
                 self.lock.release()
 
     # Around whatever a worker waits for. For anybody else it means nothing.
@@ -595,6 +598,186 @@ def starting_without_terminal(start):
             worker.programs.append(process)
         start(process, args, bufsize, executable, stdin, stdout, stderr, *more, **options)
     return patched_init
+
+
+# ---- loops
+# 100 items over a link of 50 ms take 5 s of waiting one after the other. Where no item depends on the result of an
+# earlier one they leave back to back, and the agent runs them one after the other: they share a lane. Each is run by
+# Ansible's own loop code, as a loop of one item, in a thread of its own that takes the baton for the same worker. The
+# next item begins when the request of this one is on its way, and what comes after an answer runs in the order of the
+# items: events, results and changes come in the same order as ever. The first item goes alone: it opens the way, and
+# shows whether the module returns facts, which later items may want to see.
+
+AHEAD = 16              # items that wait for answers at once: enough for 100 ms, where an item costs 7 ms here
+ONE_REQUEST = {'ansible.plugins.action.' + name for name in ('normal', 'command', 'shell')}
+_lane_numbers = itertools.count(1)
+
+
+def running_items_ahead(run_loop):
+    def patched_run_loop(executor, items):
+        if why_one_by_one(executor._task, items):
+            return run_loop(executor, items)
+        return Lane(executor, items, run_loop, run_loop(executor, items[:1])).run()
+    return patched_run_loop
+
+
+# The one rule of which items must wait for each other, with its reasons; None for those that need not. Copies and
+# templates are such: what the second of their two requests says depends on the answer to the first.
+def why_one_by_one(task, items):
+    control = task.loop_control
+    if not getattr(baton.held, 'by', None):
+        return 'the worker is a process'
+    if len(items) < 3:
+        return 'nothing to gain'
+    if task.async_val or task.until or task.retries:
+        return 'an item is more than one request'
+    if action_module(task.action, tuple(task.collections or ())) not in ONE_REQUEST:
+        return 'its action may be more than one request'
+    if control.pause or control.extended or control.index_var or getattr(control, 'break_when', None):
+        return 'the loop is more than its items'
+    if '{' in str(task.no_log):
+        return 'Ansible sums up what became of it'
+    read = repr([getattr(task, name) for name in
+                 ('args', 'when', 'environment', 'vars', 'delegate_to', 'become_user')])
+    registered = [task.register] if isinstance(task.register, str) else task.register or ()
+    if any(name in read for name in registered):
+        return 'an item reads what the loop registers'
+
+
+# A loop whose items are on their way. All of it is touched by the holder of the baton only.
+class Lane:
+    def __init__(self, executor, items, run_loop, first):
+        self.executor = executor
+        self.items = items
+        self.run_loop = run_loop
+        self.first = first                          # what Ansible's loop made of the first item
+        self.name = '%d.%d' % (os.getpid(), next(_lane_numbers))
+        self.worker = baton.held.by
+        self.client = client()                      # which all items share: requests leave in the order in which ..
+        self.context = contextvars.copy_context()   # .. they are asked, and answers come in that order
+        self.variables = task_variables(executor)   # what the last finished item knew
+        self.ahead = 1 if returns_facts(first) else AHEAD
+        self.route = None                           # where the requests go that are on their way
+        self.started = []                           # Items, in order
+        self.finished = 1
+        self.error = None                           # what an item raised: no further one starts
+        self.over = threading.Event()
+
+    def run(self):
+        self.start_next()
+        with baton.passed_on():
+            self.over.wait()
+        if self.error:
+            raise self.error
+        return joined(self.first, [item.result for item in self.started], self.items)
+
+    # Called wherever something changed that a start waits for.
+    def start_next(self):
+        last = self.started[-1] if self.started else None
+        index = len(self.started) + 1
+        if index == len(self.items) or self.error:
+            if self.finished == index:
+                self.over.set()
+        elif index - self.finished < self.ahead and (not last or last.is_on_its_way):
+            item = LoopItem(self, self.items[index], last)
+            self.started.append(item)
+            item.start()
+
+    def finish(self, error):
+        self.error = self.error or error
+        self.finished += 1
+        self.start_next()
+
+
+class LoopItem(threading.Thread):
+    def __init__(self, lane, value, before):
+        super().__init__(daemon=True)
+        self.lane = lane
+        self.value = value
+        self.before = before                # the item in front of it, or None
+        self.is_on_its_way = False          # its request was sent, or there is none any more
+        self.is_done = threading.Event()
+        self.result = None
+
+    def run(self):
+        _local.item, _local.client = self, self.lane.client
+        with baton.held_by(self.lane.worker):
+            error = None
+            try:
+                self.result, self.lane.variables = self.lane.context.copy().run(run_alone, self)
+            except BaseException as e:
+                error = e
+            self.is_on_its_way = True
+            self.is_done.set()
+            self.lane.finish(error)
+
+    # A request is about to be sent along this route. Where it may leave in front of earlier answers, its lane is told
+    # in the request; otherwise all that went before is done when this returns.
+    def may_go_ahead(self, route):
+        if self.is_on_its_way or self.lane.ahead == 1 or self.lane.route not in (None, route):
+            self.wait_for_turn()
+        if self.is_on_its_way or self.lane.ahead == 1:
+            self.lane.ahead = 1             # a second request: items behind it must not have been sent yet
+            return False
+        self.lane.route = route
+        return True
+
+    def sent(self):
+        self.is_on_its_way = True
+        self.lane.start_next()
+        self.wait_for_turn()
+
+    # What follows an item's execution are its events, also where it needed no request.
+    def in_turn(self, execute):
+        def executed(*args, **kwargs):
+            try:
+                return execute(*args, **kwargs)
+            finally:
+                self.wait_for_turn()
+        return executed
+
+    def wait_for_turn(self):
+        if self.before and not self.before.is_done.is_set():
+            with baton.passed_on():
+                self.before.is_done.wait()
+        self.before = None
+
+
+# What differs between the versions: since ansible-core 2.21 the state of a loop is in the ambient task, which becomes
+# the result of an item here. -> result, what the item knew in the end
+def run_alone(item):
+    lane, value = item.lane, item.value
+    executor, variables = copy.copy(lane.executor), lane.variables.copy()
+    executor._connection = None
+    executor._execute = item.in_turn(executor._execute)
+    if hasattr(executor, '_job_vars'):
+        executor._job_vars = variables
+        return lane.run_loop(executor, [value]), variables
+    with worker_process._task.TaskContext.create(executor._task, variables, executor._host.name) as context:
+        lane.run_loop(executor, [value])
+        return context, variables
+
+
+def task_variables(executor):
+    if hasattr(executor, '_job_vars'):
+        return executor._job_vars
+    return worker_process._task.TaskContext.current()._base_task_vars
+
+
+def returns_facts(first):
+    facts = first[0].get('ansible_facts') if isinstance(first, list) else first.loop_results[0].ansible_facts
+    return any(not name.startswith('discovered_interpreter_') for name in facts or ())
+
+
+# What Ansible's loop would have left behind, and returned.
+def joined(first, others, items):
+    if isinstance(first, list):
+        return first + list(itertools.chain(*others))
+    context = worker_process._task.TaskContext.current()
+    results = context._raw_loop_results + [result for other in others for result in other._raw_loop_results]
+    vars(context).update(vars(others[-1]), _task=context._task, _raw_loop_results=results, _loop_items=items,
+                         _item_index=len(items) - 1)
+    return context.build_loop_result()
 
 
 # What each worker would load for itself, and a forked one would forget again, is loaded once: the parsing of the ssh
@@ -826,10 +1009,15 @@ class Carrier:
     def call(self, account, interpreter, head, body=b'', **more):
         words = interpreter.words if interpreter else None
         head = dict(head, to=[plan.key for plan in (interpreter, account[-1]) if plan], interpreter=words)
+        item = getattr(_local, 'item', None)
         try:
             try:
+                if item and item.may_go_ahead(head['to'] + [words]) and len(body) <= CHUNK:
+                    return client().call(dict(head, lane=item.lane.name), body, meanwhile=item.sent, **more)
                 return client().call(head, body, **more)
             except NotConnected:
+                if item:
+                    item.lane.ahead = 1
                 self.connect_all(account, interpreter)
                 return client().call(head, body, **more)
         except (LinkLost, NotConnected) as e:
@@ -1167,7 +1355,8 @@ class Client:
         self.sock, theirs = socket.socketpair()
         self.pid = os.getpid()
         self.inbox = self.outbox = b''
-        self.request = 0
+        self.numbers = itertools.count(1)       # of requests
+        self.frames = {}                        # request -> frames of it that came before somebody waited for them
         with theirs:
             try:
                 socket.send_fds(door, [b'c'], [theirs.fileno()])
@@ -1175,26 +1364,30 @@ class Client:
                 raise LinkLost('the broker is gone (%s)' % e)
 
     # head['to']: keys of agents, the first that is there and has the interpreter gets the call. `source`: a file to
-    # stream behind it. on_data(channel, bytes) takes what comes before the reply.
-    def call(self, head, body=b'', source=None, on_data=None):
-        with self.on_the_line():
+    # stream behind it. on_data(channel, bytes) takes what comes before the reply. meanwhile() is called when it is on
+    # its way: requests of other threads may follow, each of which has to wait for its turn to read.
+    def call(self, head, body=b'', source=None, on_data=None, meanwhile=None):
+        with self.asking() as request:
             more = len(body) > CHUNK or source is not None
-            self.send(CALL, pack(dict(head, more=more), body[:CHUNK]))
+            self.send(CALL, request, pack(dict(head, more=more), body[:CHUNK]))
             for at in range(CHUNK, len(body), CHUNK):
-                self.send(DATA, b'\0' + body[at:at + CHUNK])
+                self.send(DATA, request, b'\0' + body[at:at + CHUNK])
             if more and source is None:
-                self.send(END)
-            return self.converse(source, on_data, acknowledge=head['call'] == 'get')
+                self.send(END, request)
+            if meanwhile:
+                self.flush()
+                meanwhile()
+            return self.converse(request, source, on_data, acknowledge=head['call'] == 'get')
 
-    def converse(self, source, on_data, acknowledge):
+    def converse(self, request, source, on_data, acknowledge):
         room = WINDOW
         while True:
             while source and room >= CHUNK:
                 data = source.read(CHUNK)
                 room -= len(data)
-                self.send(DATA, b'\0' + data) if data else self.send(END)
+                self.send(DATA, request, b'\0' + data) if data else self.send(END, request)
                 source = source if data else None
-            kind, payload = self.receive()
+            kind, payload = self.receive(request)
             if kind == REPLY:
                 return unpack(payload)[0]
             if kind == FAIL:
@@ -1205,15 +1398,16 @@ class Client:
             elif kind == DATA:
                 on_data(payload[0], payload[1:])
                 if acknowledge:
-                    self.send(ACK, struct.pack('>I', len(payload) - 1))
+                    self.send(ACK, request, struct.pack('>I', len(payload) - 1))
 
     # Start the agent of a plan, or wait until somebody else has. Its program may ask: the dialogue knows what to say.
     def open(self, plan, candidates):
         dialogue = plan.dialogue()
-        with self.on_the_line():
-            self.send(CALL, pack(dict(call='open', key=plan.key, parent=plan.parent, spec=plan.spec(candidates))))
+        with self.asking() as request:
+            self.send(CALL, request, pack(dict(call='open', key=plan.key, parent=plan.parent,
+                                               spec=plan.spec(candidates))))
             while True:
-                kind, payload = self.receive()
+                kind, payload = self.receive(request)
                 if kind == REPLY:
                     return unpack(payload)[0]
                 if kind == FAIL:
@@ -1221,30 +1415,31 @@ class Client:
                 if kind == DATA:
                     channel, answer = dialogue.hear(payload[0], payload[1:])
                     if answer is not None:
-                        self.send(DATA, bytes([channel]) + answer)
+                        self.send(DATA, request, bytes([channel]) + answer)
 
     # Called from within Ansible's module builder, which holds a lock on a file: the baton is not passed on, or another
     # worker would take it and wait for that lock for ever.
     def offer(self, toc, blobs):
-        with self.on_the_line(), baton.kept():
+        with self.asking() as request, baton.kept():
             for blob in blobs:
-                self.send(BLOBS, pack_blobs([blob]))
-            self.send(CALL, pack(dict(call='offer', toc=toc.hex())))
-            self.receive()
+                self.send(BLOBS, request, pack_blobs([blob]))
+            self.send(CALL, request, pack(dict(call='offer', toc=toc.hex())))
+            self.receive(request)
 
     # Close the link to an agent, and so all that is behind it.
     def drop(self, key):
-        with self.on_the_line():
-            self.send(CALL, pack(dict(call='drop', key=key)))
-            self.receive()
+        with self.asking() as request:
+            self.send(CALL, request, pack(dict(call='drop', key=key)))
+            self.receive(request)
 
     # A request that is given up halfway leaves frames behind that belong to nobody: the line is closed, which also
     # tells the broker to give it up.
     @contextlib.contextmanager
-    def on_the_line(self):
-        self.request += 1
+    def asking(self):
+        request = next(self.numbers)
+        self.frames[request] = collections.deque()
         try:
-            yield
+            yield request
         except CallFailed as e:
             if isinstance(e, BrokerGone):
                 self.close()
@@ -1252,6 +1447,8 @@ class Client:
         except BaseException:
             self.close()
             raise
+        finally:
+            del self.frames[request]
 
     def close(self):
         if self.sock:
@@ -1273,8 +1470,8 @@ class Client:
             self.sock.shutdown(socket.SHUT_RDWR)
 
     # What is sent before we wait for something leaves in one piece, here and on its way to the target.
-    def send(self, kind, payload=b''):
-        self.outbox += HEADER.pack(kind, 0, 0, self.request, len(payload)) + payload
+    def send(self, kind, request, payload=b''):
+        self.outbox += HEADER.pack(kind, 0, 0, request, len(payload)) + payload
         if len(self.outbox) > CHUNK:
             self.flush()
 
@@ -1282,28 +1479,28 @@ class Client:
         data, self.outbox = self.outbox, b''
         try:
             self.sock.sendall(data)
-        except OSError as e:
+        except (OSError, AttributeError) as e:
             raise BrokerGone('the broker is gone (%s)' % e)
 
-    # The next frame of the current request; what an earlier one left is dropped.
-    def receive(self):
+    # The next frame of this request; what came for one that was given up is dropped.
+    def receive(self, request):
         if self.outbox:
             self.flush()
-        while True:
-            kind, _, _, request, size = HEADER.unpack(self.read(HEADER.size))
+        while not self.frames[request]:
+            kind, _, _, asked, size = HEADER.unpack(self.read(HEADER.size))
             payload = self.read(size)
-            if request == self.request:
-                return kind, payload
+            if asked in self.frames:
+                self.frames[asked].append((kind, payload))
+        return self.frames[request].popleft()
 
     def read(self, size):
         while len(self.inbox) < size:
-            data = self.wait(max(size - len(self.inbox), 65536))
+            data = self.wait(max(size - len(self.inbox), 65536)) if self.sock else b''
             if not data:
                 raise BrokerGone('the broker is gone')
             self.inbox += data
         data, self.inbox = self.inbox[:size], self.inbox[size:]
         return data
-
 
     # The one place where a worker waits for the outside world.
     def wait(self, size):
@@ -1408,6 +1605,7 @@ class Broker:
         self.clients = {}           # client stream -> {its request: our request}
         self.blobs = {}             # sha1 -> bytes
         self.tables = {}            # hex sha1 of a table of contents -> sha1 of all it needs
+        self.refused = set()        # lanes of which a request could not be forwarded: what follows there is not, either
         self.serial = itertools.count(1)
 
     def run(self):
@@ -1563,7 +1761,8 @@ class Broker:
     # What a client wants of an agent. The sources that the agent lacks go in front of it, in the same write.
     def forward(self, stream, request, head, body):
         link = self.choose(head['to'], head['interpreter'])
-        if not link:
+        if not link or head.get('lane') in self.refused:
+            self.refused.update([head['lane']] if 'lane' in head else [])
             return self.fail(stream, request, 'closed', 'not connected')
         if 'toc' in head:
             if head['toc'] not in self.tables:
@@ -2693,6 +2892,7 @@ class Agent(object):
         self.routes = {}                    # number of an agent below us -> stream that leads there
         self.accounts = {}                  # Hop of an agent that we started -> its account
         self.calls = {}                     # request -> the Call that we serve
+        self.lanes = {}                     # name of a lane -> its Calls; the first one runs, the others wait for it
         self.store = Store()
         self.ahead = set()                  # tables of contents whose modules were compiled, or soon will be
         self.spare = None                   # a child that is ready to be a module
@@ -2725,8 +2925,14 @@ class Agent(object):
     # The one error policy: what a handler raises becomes the reply.
     def on_call(self, request, payload):
         head, body = unpack(payload)
-        call = self.calls[request] = Call(self, request, head)
-        self.serve(call, getattr(self, 'call_' + str(head['call'])), call, body)
+        call = self.calls[request] = Call(self, request, head, body)
+        lane = self.lanes.setdefault(call.lane, [])
+        lane.append(call)
+        if len(lane) == 1:
+            self.start(call)
+
+    def start(self, call):
+        self.serve(call, getattr(self, 'call_' + str(call.head['call'])), call, call.body)
 
     def on_data(self, request, payload):
         call = self.calls.get(request)
@@ -2750,9 +2956,8 @@ class Agent(object):
             call.fail('error', describe(e), errno=getattr(e, 'errno', None))
 
     def on_cancel(self, request, payload):
-        call = self.calls.pop(request, None)
-        if call:
-            call.abandon()
+        if request in self.calls:
+            self.calls[request].end()
 
     def on_blobs(self, request, payload):
         self.store.blobs.update(unpack_blobs(payload))
@@ -2809,10 +3014,12 @@ class Agent(object):
 
 # A request that an agent serves, until its REPLY or FAIL. `cleanup` ends what it started when nobody waits any more.
 class Call(object):
-    def __init__(self, agent, request, head):
+    def __init__(self, agent, request, head, body):
         self.agent = agent
         self.request = request
         self.head = head
+        self.body = body
+        self.lane = head.get('lane', request)
         self.on_input = None                # (channel, bytes; None at the end)
         self.on_ack = None                  # (bytes)
         self.cleanup = None
@@ -2824,16 +3031,29 @@ class Call(object):
         self.send(DATA, struct.pack('B', channel) + data)
 
     def reply(self, head, body=b''):
-        if self.agent.calls.pop(self.request, None):
-            self.send(REPLY, pack(head, body))
+        self.end(REPLY, head, body)
 
     def fail(self, kind, text, **more):
         self.fail_with(dict(more, kind=kind, text=text))
 
     def fail_with(self, head):
-        if self.agent.calls.pop(self.request, None):
-            self.send(FAIL, pack(head))
+        self.end(FAIL, head)
+
+    # Once. The next one in its lane begins.
+    def end(self, kind=None, head=None, body=b''):
+        if not self.agent.calls.pop(self.request, None):
+            return
+        if kind is not None:
+            self.send(kind, pack(head, body))
+        if kind != REPLY:
             self.abandon()
+        lane = self.agent.lanes[self.lane]
+        was_first = lane[0] is self
+        lane.remove(self)
+        if not lane:
+            del self.agent.lanes[self.lane]
+        elif was_first:
+            self.agent.start(lane[0])
 
     def abandon(self):
         cleanup, self.cleanup = self.cleanup, None

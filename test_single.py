@@ -2550,6 +2550,14 @@ OWN_CONNECTION = '''
     '''
 
 
+COUNTER = '''
+    #!/usr/bin/python
+    from ansible.module_utils.basic import AnsibleModule
+    module = AnsibleModule({'count': {'type': 'int'}})
+    module.exit_json(ansible_facts={'counted': module.params['count'] + 1}, count=module.params['count'])
+'''
+
+
 class RealControl(Real):
     every_core = True
 
@@ -2686,6 +2694,55 @@ class RealControl(Real):
                 - {include_tasks: inc.yml, loop: [1, 2], loop_control: {loop_var: outer}}
             '''.replace('OUT', '/tmp/mitogen_single_test_loop'), logins={LAB.login: 1},
             files={'inc.yml': '- command: "echo {{ outer }}"\n'}, without=('attempts',))
+
+    def test_loops_run_ahead(self):
+        """Items that leave without waiting for each other, and those that must wait: same results, same order."""
+        self.compare('''
+            - hosts: all
+              gather_facts: false
+              tasks:
+                - {file: {path: OUT, state: directory}}
+                - {shell: "echo {{ item }} >> OUT/order", loop: "{{ range(40) | list }}", register: r}
+                - {shell: "echo {{ item }} >> OUT/order; exit {{ 1 if item % 7 == 3 else 0 }}",
+                   loop: "{{ range(20) | list }}", register: r, ignore_errors: true}
+                - {debug: {msg: "{{ r.results | map(attribute='rc') | list }}"}}
+                - {shell: "echo {{ n }} >> OUT/order", loop: [1, 2, 3, 4, 5, 6], loop_control: {loop_var: n, label: "<{{ n }}>"},
+                   when: n is odd, register: own, changed_when: own.rc == 0 and n > 3, failed_when: own.rc != 0}
+                - {shell: "echo {{ (sum.stdout | default('0') | int) + item }}", loop: [1, 2, 3, 4, 5], register: sum}
+                - {shell: "echo {{ item }}", loop: [1, 2, 3, 4], register: until2, when: until2.stdout | default('0') != '2'}
+                - {counter: {count: "{{ ansible_facts.counted | default(0) }}"}, loop: [1, 2, 3, 4]}
+                - {command: "printenv X", loop: [a, b, c, d], environment: {X: "{{ item }}"}}
+                - {command: "echo {{ item }}", loop: [s, t, u], no_log: true}
+                - {command: "echo {{ item }}", loop: [1, 2, "{{ nothing }}", 4], ignore_errors: true}
+                - {command: "echo {{ item.a }}", loop: [{a: 1}, {b: 2}, {a: 3}], ignore_errors: true}
+                - {include_tasks: inc.yml, loop: [1, 2], loop_control: {loop_var: outer}}
+        '''.replace('OUT', self.out), logins={LAB.login: 1}, pipelining=True, files={
+            'inc.yml': '- command: "echo {{ outer }} {{ item }}"\n  loop: [1, 2, 3]\n', 'library/counter.py': COUNTER})
+
+    @newest
+    def test_loop_over_accounts(self):
+        self.needs_root()
+        self.compare(tasks('{shell: "id -un >> /tmp/mitogen_single_test_who; id -un", loop: [root, mslab, msapp, msapp2, root, msapp], become: true, '
+                           'become_user: "{{ item }}"}'), pipelining=True, logins={LAB.login: 1},
+                     sudos={'root': 1, 'msapp': 1, 'msapp2': 1})
+
+    @newest
+    def test_loop_whose_agent_dies(self):
+        """What was not confirmed is unreachable, what is reported as done was done, in order; the rest goes on."""
+        self.needs_plugin()
+        play = self.run_ours(tasks(
+            '{file: {path: OUT, state: directory}}',
+            '{name: loop, shell: "echo {{ item }} >> OUT/done; test {{ item }} -ne 5 || '
+            'kill -9 $(awk \'/PPid/{print $2}\' /proc/$PPID/status)", loop: "{{ range(40) | list }}", ignore_unreachable: true}',
+            '{name: done, command: cat OUT/done}').replace('OUT', self.out), hosts={'t1': {}})
+        items = [event['result'] for event in play.events() if event['event'].startswith('item_')]
+        self.assertEqual([item['item'] for item in items], list(range(40)))
+        done = [int(line) for line in play.result('done')['stdout_lines']]
+        self.assertEqual(done, sorted(set(done)), play.tail())
+        lost = [item['item'] for item in items if item.get('unreachable')]
+        self.assertEqual(lost, list(range(5, 5 + len(lost))))
+        self.assertIn(5, lost)
+        self.assertEqual([n for n in range(40) if n not in lost or n == 5], done)
 
     @newest
     def test_results_larger_than_a_pipe(self):
