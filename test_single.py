@@ -209,7 +209,9 @@ def fetch_collections(path):
 
 MARK = 'account of the mitogen_single tests'    # in GECOS: only accounts with it are ever removed
 
-FIRST_UID = 48370       # out of the way: leftovers are found, and killed, by the uid of their process
+# Out of the way: leftovers are found, and killed, by the uid of their process. Another number keeps apart two runs that
+# see each other's processes but have accounts of their own, in containers say.
+FIRST_UID = int(os.environ.get('MITOGEN_SINGLE_TEST_UID', 48370))
 ACCOUNTS = ('mslab',        # login; sudo without password
             'mspass',       # login; sudo asks for the password, after a lecture, every time
             'mstty',        # login; sudo demands a terminal
