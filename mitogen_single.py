@@ -204,6 +204,11 @@ def patches():
         (module_common, 'zipfile', with_catalogue),
         # ... which is enough to run it from RAM. Whoever wants a file on the target gets the real one.
         (action, '_transfer_data', transferring_real_bytes),
+        # The temporary directory of a task costs no round trip.
+        (action, '_make_tmp_path', making_tmp_path),
+        (action, '_remove_tmp_path', removing_tmp_path),
+        (action, '_fixup_perms2', fixing_perms),
+        (action, '_remote_expand_user', expanding_user),
         # Pipelining is a question of cost, not of taste, once there is an agent: also for su, also where it is off.
         (action, '_is_pipelining_enabled', always_pipelining),
     )
@@ -839,6 +844,8 @@ class AgentConnection(ConnectionBase):
     _plain_build = None     # the become plugin's own build_become_command
     _wants_files = False    # modules are to be run from files on the target
     _wants_tty = None       # ssh's arguments ask for a terminal; None: not looked at yet
+    _place = None           # the Place of this task's temporary files, where it is ours
+    _interpreter = None     # the Plan of the last module's interpreter: its agent gets the files for the next one
 
     # Pipelining is ours to decide, but for somebody who set it to false for this very host or task.
     def set_options(self, task_keys=None, var_options=None, direct=None):
@@ -936,14 +943,14 @@ class Carrier:
             return None
 
     def run(self, command, in_data, sudoable):
-        account = self.account(command)
+        account = self.account(command.escalated)
         if not isinstance(in_data, Payload):
             head = dict(call='exec', argv=command.argv, cwd=self.cwd, tty=self.wants_tty(in_data, sudoable))
             return self.collect(account, None, head, in_data or b'')
         if in_data.fqn.endswith('.user'):
             self.leave_account(account[0], in_data.params)
         words, env = command.interpreter()
-        interpreter = interpreter_plan(account[-1], words, self.silence)
+        interpreter = self.connection._interpreter = interpreter_plan(account[-1], words, self.silence)
         try:
             return self.collect(account, interpreter, dict(in_data.head(), env=env, cwd=self.cwd), in_data.params)
         except UnknownModule:
@@ -958,9 +965,9 @@ class Carrier:
                 client().call(dict(call='retire', to=[login.key], interpreter=None, user=given.get('name')))
 
     # The hops that lead to the account in which a command is to run.
-    def account(self, command):
+    def account(self, escalated):
         login = self.login()
-        if not command.escalated:
+        if not escalated:
             return [login]
         return [login, become_plan(login, self.connection.become, self.connection._plain_build, self.connection._shell,
                                    self.shell, self.silence, self.cwd)]
@@ -985,43 +992,73 @@ class Carrier:
             display.vvv(str(shown), host=self.host)
         return result
 
+    # A file for the task's own directory is written by the account that is to read it. A small one needs no answer
+    # before the next request leaves, which the same agent takes after it.
     def put(self, in_path, out_path):
+        place, account, interpreter = self.connection._place, [self.login()], None
+        head = dict(call='put', path=to_text(out_path))
+        is_private = place and head['path'].startswith(place.path + '/')
+        if is_private:
+            account, interpreter = self.account(place.escalated), self.connection._interpreter
         try:
             source = open(to_bytes(in_path, errors='surrogate_or_strict'), 'rb')
         except FileNotFoundError:
             raise AnsibleFileNotFound('file or module does not exist: %s' % to_text(in_path))
         with source:
-            mode = os.fstat(source.fileno()).st_mode & 0o777
-            self.transfer(in_path, out_path, dict(call='put', path=to_text(out_path), mode=mode), source=source)
+            info = os.fstat(source.fileno())
+            head['mode'] = info.st_mode & 0o777 | (0o700 if is_private else 0)
+            if is_private and interpreter and info.st_size <= CHUNK:
+                return place.post(self.addressed(account, interpreter, head), source.read())
+            self.transfer(in_path, out_path, account, interpreter, head, source=source)
 
     def fetch(self, in_path, out_path):
         with open(to_bytes(out_path, errors='surrogate_or_strict'), 'wb') as target:
-            self.transfer(in_path, out_path, dict(call='get', path=to_text(in_path)),
-                           on_data=lambda channel, data: target.write(data))
+            self.transfer(in_path, out_path, [self.login()], None, dict(call='get', path=to_text(in_path)),
+                          on_data=lambda channel, data: target.write(data))
 
-    def transfer(self, in_path, out_path, head, **more):
+    def transfer(self, in_path, out_path, account, interpreter, head, **more):
         try:
-            self.call([self.login()], None, head, **more)
+            self.call(account, interpreter, head, **more)
         except CallFailed as e:
             raise AnsibleError('failed to transfer file to %s %s:\n\n%s' % (to_text(in_path), to_text(out_path), e))
 
     # Ask; where the way is not open yet, open it and ask again.
     def call(self, account, interpreter, head, body=b'', **more):
-        words = interpreter.words if interpreter else None
-        head = dict(head, to=[plan.key for plan in (interpreter, account[-1]) if plan], interpreter=words)
-        item = getattr(_local, 'item', None)
+        head = self.addressed(account, interpreter, head)
         try:
             try:
-                if item and item.may_go_ahead(head['to'] + [words]) and len(body) <= CHUNK:
-                    return client().call(dict(head, lane=item.lane.name), body, meanwhile=item.sent, **more)
-                return client().call(head, body, **more)
+                return self.ask(head, body, **more)
             except NotConnected:
-                if item:
-                    item.lane.ahead = 1
                 self.connect_all(account, interpreter)
-                return client().call(head, body, **more)
+                return self.ask(head, body, **more)
         except (LinkLost, NotConnected) as e:
             raise AnsibleConnectionFailure('%s: the connection was lost: %s' % (self.where(), e))
+        except NoDirectory as e:
+            raise AnsibleConnectionFailure(
+                'Failed to create temporary directory. Consider changing the remote tmp path in ansible.cfg to a path '
+                'rooted in "/tmp". %s: %s' % (self.where(), e))
+
+    # To which agents, and with which directory.
+    def addressed(self, account, interpreter, head):
+        place = self.connection._place
+        if place and place.escalated == (len(account) > 1) and self.connection._shell.tmpdir == place.path + '/':
+            place.is_made = True
+            head = dict(head, tmpdir=place.path)
+        return dict(head, to=[plan.key for plan in (interpreter, account[-1]) if plan],
+                    interpreter=interpreter.words if interpreter else None)
+
+    # After files that are still on their way, in front of the answers of earlier items, or just so.
+    def ask(self, head, body, **more):
+        place, item = self.connection._place, getattr(_local, 'item', None)
+        if place and place.posted:
+            return client().call(place.after_posted(head), body, meanwhile=place.settle, **more)
+        try:
+            if item and item.may_go_ahead(route_of(head)) and len(body) <= CHUNK:
+                return client().call(dict(head, lane=item.lane.name), body, meanwhile=item.sent, **more)
+        except NotConnected:
+            item.lane.ahead = 1
+            raise
+        return client().call(head, body, **more)
 
     # As often, and with the same pauses, as the stock ssh plugin tries it.
     def connect_all(self, account, interpreter):
@@ -1044,7 +1081,8 @@ class Carrier:
     def open(self, plan, wanted):
         candidates = (wanted if len(wanted) == 1 else []) + python_names()
         try:
-            return client().open(plan, candidates)
+            hello = _hellos[plan.key] = client().open(plan, candidates)
+            return hello
         except LoginRefused as e:
             raise AnsibleAuthenticationFailure('%s: %s' % (self.where(), e))
         except BecomeRefused as e:
@@ -1058,10 +1096,21 @@ class Carrier:
                 raise AnsibleConnectionFailure('Failed to connect to the host via ssh: %s' % e.head['stderr'].rstrip())
             raise NoAgent('%s: %s' % (plan.what, e))
 
+    # None where there is no agent to ask.
+    def home(self, escalated, interpreter):
+        try:
+            account = self.account(escalated)
+            if account[-1].key not in _hellos:
+                self.connect_all(account, interpreter and interpreter_plan(account[-1], interpreter, self.silence))
+            return _hellos[account[-1].key]['home']
+        except (NoAgent, BecomeEnded):
+            return None
+
     def where(self):
         return '%s@%s' % (self.context.remote_user or '', self.context.remote_addr)
 
 
+_hellos = {}            # key of an agent -> what it said of itself when this process last opened the way to it
 _identities = {}        # what decides over a login -> the command line for it
 
 
@@ -1114,6 +1163,132 @@ class Command:
             name, value = words.pop(0).split('=', 1)
             env[name] = value
         return words, env
+
+
+# ---- the temporary directory of a task
+# Stock Ansible makes, fills, opens up and removes it by a command each: six round trips for a copy, two of which remain
+# here. Its name is known beforehand; the agent of the account that will read it makes it when a request comes that
+# names it; small files go there in front of the request that needs them; and nobody waits for its end.
+
+
+@dataclasses.dataclass
+class Place:
+    path: str               # without a slash at its end
+    escalated: bool         # it belongs to the become account
+    is_made: bool = False   # a request was sent that has it made
+    posted: list = dataclasses.field(default_factory=list)      # (Client, request, path) of files on their way
+    route: list = None      # where they go
+
+    def post(self, head, body):
+        if self.posted and self.route != route_of(head):
+            self.settle()
+        self.route = route_of(head)
+        self.posted.append((client(), client().post(dict(head, lane=self.path), body), head['path']))
+
+    # The head of a request that is to follow them.
+    def after_posted(self, head):
+        if self.route == route_of(head):
+            return dict(head, lane=self.path)
+        self.settle()
+        return head
+
+    def settle(self):
+        posted, self.posted = self.posted, []
+        for client, request, path in posted:
+            try:
+                client.settle(request)
+            except NotConnected as e:
+                raise LinkLost(str(e))
+            except LinkLost:
+                raise
+            except CallFailed as e:
+                raise AnsibleError('failed to transfer file to %s:\n\n%s' % (path, e))
+
+
+# Which agent a request reaches.
+def route_of(head):
+    return head['to'] + [head['interpreter']]
+
+
+def making_tmp_path(make_tmp_path):
+    def patched_make(action, remote_user=None):
+        place = place_for(action)
+        if not place:
+            return make_tmp_path(action, remote_user)
+        action._cleanup_remote_tmp = True
+        action._connection._place = place
+        action._connection._shell.tmpdir = place.path + '/'
+        return place.path + '/'
+    return patched_make
+
+
+# None where Ansible is to do it: for files that somebody wants to see, for a path that only a shell can tell.
+def place_for(action):
+    connection = action._connection
+    if (not has_own_files(connection) or connection._wants_files or C.DEFAULT_KEEP_REMOTE_FILES
+            or type(action).__module__ not in REVIEWED):
+        return None
+    base = action.get_shell_option('remote_tmp', default='~/.ansible/tmp').rstrip('/')
+    if action._is_become_unprivileged():
+        shared = action.get_shell_option('system_tmpdirs', default=['/var/tmp', '/tmp'])
+        base = base if base in shared else shared[0].rstrip('/')
+    name, slash, rest = base.partition('/')
+    if name == '~':
+        name = home_for(action, becomes(action))
+    folder = '%s/%s' % (name, rest)
+    if re.fullmatch(r'(/[\w.@%+=:,-]+)+', folder):
+        return Place('%s/%s' % (folder, connection._shell._generate_temp_dir_name()), becomes(action))
+
+
+def has_own_files(connection):
+    return is_carried(connection) and connection.transport != 'local'
+
+
+# The question that Ansible asks before each command.
+def becomes(action):
+    wanted, user = action.get_become_option('become_user'), action._get_remote_user()
+    return bool(action._connection.become and (C.BECOME_ALLOW_SAME_USER or wanted != user or not (wanted or user)))
+
+
+# Its agent may not be there yet: where the interpreter is known, let it be that one.
+def home_for(action, escalated):
+    interpreter = action._templar.available_variables.get('ansible_python_interpreter')
+    is_path = isinstance(interpreter, str) and re.fullmatch(r'/[\w./+-]+', interpreter)
+    return Carrier(action._connection).home(escalated, [str(interpreter)] if is_path else None)
+
+
+def removing_tmp_path(remove_tmp_path):
+    def patched_remove(action, tmp_path, force=False):
+        connection = action._connection
+        place = getattr(connection, '_place', None)
+        if not place or (tmp_path or connection._shell.tmpdir) != place.path + '/':
+            return remove_tmp_path(action, tmp_path, force=force)
+        if force or action._should_remove_tmp_path(place.path + '/'):
+            if place.is_made:
+                carrier = Carrier(connection)
+                head = carrier.addressed(carrier.account(place.escalated), connection._interpreter, {})
+                client().tell(dict(head, call='remove', tmpdir=None, path=place.path))
+            connection._place = connection._shell.tmpdir = None
+    return patched_remove
+
+
+# Whoever reads the files is their owner already.
+def fixing_perms(fixup_perms2):
+    def patched_fixup(action, remote_paths, remote_user=None, execute=True):
+        place = getattr(action._connection, '_place', None)
+        if place and all((path + '/').startswith(place.path + '/') for path in remote_paths):
+            return remote_paths
+        return fixup_perms2(action, remote_paths, remote_user, execute)
+    return patched_fixup
+
+
+def expanding_user(expand_user):
+    def patched_expand(action, path, sudoable=True, pathsep=None):
+        home = None
+        if path.split('/')[0] == '~' and has_own_files(action._connection):
+            home = home_for(action, sudoable and becomes(action))
+        return home + path[1:] if home else expand_user(action, path, sudoable, pathsep)
+    return patched_expand
 
 
 # 6 PAYLOADS ##########################################################################################################
@@ -1292,6 +1467,10 @@ class UnknownModule(CallFailed):
     """The broker does not have the sources; build the module again."""
 
 
+class NoDirectory(CallFailed):
+    """The agent could not make the directory for temporary files."""
+
+
 class LinkLost(CallFailed):
     """The agent, or the way to it, went away while it worked on the request."""
 
@@ -1323,7 +1502,7 @@ class BecomeEnded(HopFailed):
     """The become program went away without having become anybody: what it printed is the answer."""
 
 
-FAILURES = {'closed': NotConnected, 'toc': UnknownModule, 'lost': LinkLost}
+FAILURES = {'closed': NotConnected, 'toc': UnknownModule, 'lost': LinkLost, 'tmpdir': NoDirectory}
 
 
 _local = threading.local()      # what belongs to one thread
@@ -1378,6 +1557,24 @@ class Client:
                 self.flush()
                 meanwhile()
             return self.converse(request, source, on_data, acknowledge=head['call'] == 'get')
+
+    # A request whose answer is read by settle(). It leaves together with what is asked next.
+    def post(self, head, body):
+        request = next(self.numbers)
+        self.frames[request] = collections.deque()
+        self.send(CALL, request, pack(dict(head, more=False), body))
+        return request
+
+    def settle(self, request):
+        try:
+            return self.converse(request, None, None, False)
+        finally:
+            del self.frames[request]
+
+    # A request whose answer nobody waits for.
+    def tell(self, head):
+        self.send(CALL, next(self.numbers), pack(head))
+        self.flush()
 
     def converse(self, request, source, on_data, acknowledge):
         room = WINDOW
@@ -2932,6 +3129,10 @@ class Agent(object):
             self.start(call)
 
     def start(self, call):
+        try:
+            make_private(call.head.get('tmpdir'))
+        except OSError as e:
+            return call.fail('tmpdir', describe(e))
         self.serve(call, getattr(self, 'call_' + str(call.head['call'])), call, call.body)
 
     def on_data(self, request, payload):
@@ -3008,7 +3209,8 @@ class Agent(object):
 
     call_exec = lambda self, call, body: start_command(self, call, body)
     call_run = lambda self, call, body: start_module(self, call, body)
-    call_put = lambda self, call, body: Receiver(call)
+    call_put = lambda self, call, body: receive_file(call, body)
+    call_remove = lambda self, call, body: remove_tree(call)
     call_get = lambda self, call, body: Sender(call)
 
 
@@ -3481,6 +3683,30 @@ AMENDED = {'ansible.module_utils.common.respawn': wrap_respawn, 'ansible.module_
 # 17 FILES ############################################################################################################
 # Whole files, streamed: a window of DATA under way, never more in memory. A file is written beside its target and
 # renamed when it is complete, so that a broken transfer leaves the old one as it was.
+
+
+def make_private(path):
+    path = path and to_fs(path)
+    if path and not os.path.isdir(path):
+        umask = os.umask(0o77)
+        try:
+            os.makedirs(path, 0o700)
+        finally:
+            os.umask(umask)
+
+
+def remove_tree(call):
+    import shutil
+    shutil.rmtree(to_fs(call.head['path']))
+    call.reply({})
+
+
+# A small file comes with its request.
+def receive_file(call, body):
+    receiver = Receiver(call)
+    if not call.head['more']:
+        receiver.write(STDIN, body)
+        receiver.write(STDIN, None)
 
 
 class Receiver(object):
