@@ -1030,6 +1030,8 @@ class Carrier:
                 return self.ask(head, body, **more)
             except NotConnected:
                 self.connect_all(account, interpreter)
+                if 'source' in more:
+                    more['source'].seek(0)
                 return self.ask(head, body, **more)
         except (LinkLost, NotConnected) as e:
             raise AnsibleConnectionFailure('%s: the connection was lost: %s' % (self.where(), e))
@@ -1814,6 +1816,7 @@ class Broker:
                 self.loop.turn()
         except Exception:
             self.give_up(traceback.format_exc())
+        self.forward_the_rest()
         for link in list(self.links.values()):
             self.close_link(link)
         deadline = now() + 4
@@ -1821,6 +1824,14 @@ class Broker:
             self.loop.later(0.1, lambda: None)
             self.loop.turn()
         os._exit(0)
+
+    # What was sent just before the end: a temporary directory to be removed.
+    def forward_the_rest(self):
+        for stream in list(self.clients):
+            stream.on_readable()
+        for link in self.links.values():
+            if link.hop:
+                link.stream.flush()
 
     # A fault of ours: tell it to everybody who waits. The next task starts another broker.
     def give_up(self, text):

@@ -861,6 +861,7 @@ BACKUP = r'\.\d+\.\d{4}-\d\d-\d\d@\d\d:\d\d:\d\d~'
 SCRUBS = [(re.compile(pattern), replacement) for pattern, replacement in (
     (r'Shared connection to \S+ closed\.(\r?\n)?', ''),
     (r'ansible-tmp-[\d.]+-\d+-\d+', 'ansible-tmp-N'),
+    (r'/(root|home/\w+)/\.ansible/tmp/ansible-tmp-N', '/tmp/N'),      # of the account that reads it, or logs in
     (r'ansible-local-\w+(/[\w.]+)?', 'ansible-local-N'),
     (r'/tmp/(ansible[\w.-]*_|\.?ansible\.|tmp)[\w-]+', '/tmp/N'),
     (r'(/tmp|/var/tmp)/ansible[^/\s\'"]*', '/tmp/N'),
