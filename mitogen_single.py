@@ -2306,11 +2306,12 @@ def first_stage(squeeze):
     return "exec('%s')" % code
 
 
-# What /bin/sh runs before that: the first of these interpreters that is there.
+# What /bin/sh runs before that: the first of these interpreters that is there and starts, which pyenv's stand-in for
+# one that is not installed does not. To ask costs 1 ms.
 def bootstrap(candidates, squeeze):
     names = ' '.join(shlex.quote(name) for name in candidates)
-    return ('for p in %s; do p=`command -v "$p"` && exec "$p" -c %s; done; echo %s: no Python found >&2; exit 97'
-            % (names, shlex.quote(first_stage(squeeze)), MARK))
+    return ('for p in %s; do p=`command -v "$p"` && "$p" -V </dev/null >/dev/null 2>&1 && exec "$p" -c %s; done; '
+            'echo %s: no Python found >&2; exit 97' % (names, shlex.quote(first_stage(squeeze)), MARK))
 
 
 # 11 COMMAND LINE #####################################################################################################

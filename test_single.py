@@ -2294,6 +2294,18 @@ class RealStyles(Real):
         self.compare_failure(WHO, None, '/nonexistent/python', hosts=hosts)
         self.compare(tasks('raw: echo works'), hosts=hosts, without=('stderr', 'stderr_lines'))
 
+    @newest
+    def test_interpreter_that_does_not_start(self):
+        """A version manager's stand-in for a Python that is not installed is passed over."""
+        self.needs_root()
+        for name, text in (('.bashrc', 'PATH=~:$PATH\n'), ('python3.14', '#!/bin/sh\ncat; exit 127\n')):
+            path = '/home/msapp2/' + name
+            with open(path, 'w', opener=lambda *args: os.open(*args, 0o755)) as file:
+                file.write(text)
+            self.addCleanup(os.unlink, path)
+        self.compare(tasks('raw: id -un', 'command: id -un'), hosts={'t1': {'ansible_user': 'msapp2'}},
+                     without=('stderr', 'stderr_lines'), logins={'msapp2': 1})
+
     def test_script(self):
         files = {'s.sh': '#!/bin/sh\necho "$# $1 $(pwd)"; echo err >&2; exit ${2:-0}\n',
                  's.py': '#!/usr/bin/python3\nimport sys\nprint(sys.argv[1:])\n'}
