@@ -2764,6 +2764,12 @@ class RealControl(Real):
         self.compare(tasks('{command: "echo {{ \'x\' * 3000 }} {{ item }}", loop: "{{ range(30) | list }}"}',
                            '{debug: {msg: "{{ \'x\' * 100000 }}"}}'), hosts=many_hosts(3), pipelining=True)
 
+    @newest
+    def test_workers_speak_while_they_build_the_same_module(self):
+        """Ansible's module builder holds a lock; whoever waits for it must not keep the holder from its work."""
+        self.compare(tasks('find: {paths: /nonexistent}', 'getent: {database: passwd, key: root}'),
+                     hosts=many_hosts(5), args=['-vvvvv'], pipelining=True)
+
     def test_reset_and_wait_for_connection(self):
         self.compare('''
             - hosts: all
