@@ -1739,7 +1739,8 @@ def door():
     if not _broker:
         ours, theirs = socket.socketpair()
         core()                  # made here, once, and inherited
-        pid = os.fork()
+        with display._lock:     # or a thread that prints at this moment keeps it, and stdout, locked in the broker
+            pid = os.fork()
         if not pid:
             run_broker(theirs)
         theirs.close()

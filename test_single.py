@@ -2770,6 +2770,34 @@ class RealControl(Real):
         self.compare(tasks('find: {paths: /nonexistent}', 'getent: {database: passwd, key: root}'),
                      hosts=many_hosts(5), args=['-vvvvv'], pipelining=True)
 
+    @newest
+    def test_callback_with_a_thread_that_prints(self):
+        """Whatever is forked while it prints must not wait for the lock that it has."""
+        spews = '''
+            import os, sys, threading
+            from ansible.plugins.callback import CallbackBase
+
+            class CallbackModule(CallbackBase):
+                CALLBACK_VERSION, CALLBACK_NAME = 2.0, 'spews'
+
+                def v2_playbook_on_start(self, playbook):
+                    os.register_at_fork(after_in_child=lambda: print('child', flush=True))
+                    self.thread = threading.Thread(target=self.spew, daemon=True)
+                    self.is_over = False
+                    self.thread.start()
+
+                def spew(self):
+                    while not self.is_over:
+                        sys.stdout.write('.')
+                        sys.stdout.flush()
+
+                def v2_playbook_on_stats(self, stats):
+                    self.is_over = True
+                    self.thread.join()
+            '''
+        self.compare(WHO, hosts=many_hosts(3), files={'plugins/callback/spews.py': spews}, pipelining=True,
+                     env={'ANSIBLE_CALLBACKS_ENABLED': 'msrecord,spews'}, timeout=40)
+
     def test_reset_and_wait_for_connection(self):
         self.compare('''
             - hosts: all
