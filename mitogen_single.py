@@ -78,6 +78,7 @@ import itertools
 import json
 import multiprocessing
 import os
+import queue
 import re
 import shlex
 import shutil
@@ -93,7 +94,6 @@ import traceback
 import types
 import zipfile
 import zlib
-from multiprocessing.reduction import ForkingPickler
 
 try:
     from ansible import constants as C
@@ -101,7 +101,6 @@ try:
                                 AnsibleFileNotFound)
     from ansible.executor import module_common, task_executor
     from ansible.executor.process import worker as worker_process
-    from ansible.executor.task_queue_manager import FinalQueue
     from ansible.module_utils.common.text.converters import to_bytes, to_text
     from ansible.module_utils.common.yaml import yaml_load
     from ansible.module_utils.parsing.convert_bool import boolean
@@ -192,8 +191,6 @@ def patches():
         (strategy_plugins, 'time', with_sleep_until_news),
         (free_strategy, 'time', with_sleep_until_news),
         (task_executor, 'time', with_sleep_in_turn),
-        (FinalQueue, 'get', getting_in_turn),
-        (FinalQueue, 'put', putting_in_turn),
         (Display, 'set_queue', setting_queue_in_forks),
         # Items of a loop do not wait for each other's answers where they may not.
         (task_executor.TaskExecutor, '_run_loop', running_items_ahead),
@@ -541,47 +538,54 @@ def with_sleep_in_turn(original):
     return types.SimpleNamespace(**dict(vars(original), sleep=sleep))
 
 
-# The thread that reads results runs callbacks, too. It takes the baton when it has something, not while it waits.
+# The thread that reads results runs callbacks, too, as if it was alone with them.
 def reading_results_in_turn(results_thread_main):
     def patched_main(strategy):
-        _local.reads_results, _local.has_baton = True, False
+        reader = Reader(strategy)
         try:
-            results_thread_main(strategy)
+            results_thread_main(reader)
         finally:
-            put_down()
+            reader.put_down()
     return patched_main
 
 
-def put_down():
-    if _local.has_baton:
-        _local.has_baton = False
-        baton.lock.release()
-        baton.news.set()
+# That thread's view of its strategy, with another queue: it gives the baton back before it waits, and takes it when
+# there is something. What workers write is collected by a thread that needs no baton: a pipe holds 64 kB, and a worker
+# that waited for room in it with the baton in its hand would wait for ever.
+class Reader:
+    def __init__(self, strategy):
+        self.strategy, self.queue, self._final_q = strategy, strategy._final_q, self
+        self.collected = queue.SimpleQueue()
+        self.has_baton = False
+        threading.Thread(target=self.collect, daemon=True).start()
 
+    def __getattr__(self, name):
+        return getattr(self.strategy, name)
 
-def getting_in_turn(get):
-    def patched_get(queue):
-        if not getattr(_local, 'reads_results', False):
-            return get(queue)
-        put_down()
-        item = get(queue)
+    def collect(self):
+        item = None
+        while not isinstance(item, (strategy_plugins.StrategySentinel, Exception)):
+            try:
+                item = self.queue.get()
+            except Exception as e:      # the run is over, or a worker sent what nobody can read
+                item = e
+            self.collected.put(item)
+
+    def get(self):
+        self.put_down()
+        item = self.collected.get()
+        if isinstance(item, Exception):
+            raise item
         if type(item).__name__ != 'PromptSend':     # it waits for the keyboard, and touches nothing else
             baton.lock.acquire()
-            _local.has_baton = True
+            self.has_baton = True
         return item
-    return patched_get
 
-
-# The pipe to that thread holds 64 kB. A worker must not wait with the baton in its hand until there is room for more:
-# the reader needs the baton first.
-def putting_in_turn(put):
-    def patched_put(queue, item):
-        if not getattr(baton.held, 'by', None):
-            return put(queue, item)
-        data = ForkingPickler.dumps(item)
-        with baton.passed_on(), queue._wlock:
-            queue._writer.send_bytes(data)
-    return patched_put
+    def put_down(self):
+        if self.has_baton:
+            self.has_baton = False
+            baton.lock.release()
+            baton.news.set()
 
 
 # Up to ansible-core 2.18 a worker does this for itself. For a thread it is done whenever it gets the baton.
@@ -1737,7 +1741,8 @@ def door():
     if not _broker:
         ours, theirs = socket.socketpair()
         core()                  # made here, once, and inherited
-        pid = os.fork()
+        with display._lock:     # or a thread that prints at this moment keeps it, and stdout, locked in the broker
+            pid = os.fork()
         if not pid:
             run_broker(theirs)
         theirs.close()
@@ -2317,11 +2322,12 @@ def first_stage(squeeze):
     return "exec('%s')" % code
 
 
-# What /bin/sh runs before that: the first of these interpreters that is there.
+# What /bin/sh runs before that: the first of these interpreters that is there and starts, which pyenv's stand-in for
+# one that is not installed does not. To ask costs 1 ms.
 def bootstrap(candidates, squeeze):
     names = ' '.join(shlex.quote(name) for name in candidates)
-    return ('for p in %s; do p=`command -v "$p"` && exec "$p" -c %s; done; echo %s: no Python found >&2; exit 97'
-            % (names, shlex.quote(first_stage(squeeze)), MARK))
+    return ('for p in %s; do p=`command -v "$p"` && "$p" -V </dev/null >/dev/null 2>&1 && exec "$p" -c %s; done; '
+            'echo %s: no Python found >&2; exit 97' % (names, shlex.quote(first_stage(squeeze)), MARK))
 
 
 # 11 COMMAND LINE #####################################################################################################

@@ -2295,6 +2295,18 @@ class RealStyles(Real):
         self.compare_failure(WHO, None, '/nonexistent/python', hosts=hosts)
         self.compare(tasks('raw: echo works'), hosts=hosts, without=('stderr', 'stderr_lines'))
 
+    @newest
+    def test_interpreter_that_does_not_start(self):
+        """A version manager's stand-in for a Python that is not installed is passed over."""
+        self.needs_root()
+        for name, text in (('.bashrc', 'PATH=~:$PATH\n'), ('python3.14', '#!/bin/sh\ncat; exit 127\n')):
+            path = '/home/msapp2/' + name
+            with open(path, 'w', opener=lambda *args: os.open(*args, 0o755)) as file:
+                file.write(text)
+            self.addCleanup(os.unlink, path)
+        self.compare(tasks('raw: id -un', 'command: id -un'), hosts={'t1': {'ansible_user': 'msapp2'}},
+                     without=('stderr', 'stderr_lines'), logins={'msapp2': 1})
+
     def test_script(self):
         files = {'s.sh': '#!/bin/sh\necho "$# $1 $(pwd)"; echo err >&2; exit ${2:-0}\n',
                  's.py': '#!/usr/bin/python3\nimport sys\nprint(sys.argv[1:])\n'}
@@ -2752,6 +2764,40 @@ class RealControl(Real):
         """Workers tell their results through a pipe, to a thread that may have to wait for them."""
         self.compare(tasks('{command: "echo {{ \'x\' * 3000 }} {{ item }}", loop: "{{ range(30) | list }}"}',
                            '{debug: {msg: "{{ \'x\' * 100000 }}"}}'), hosts=many_hosts(3), pipelining=True)
+
+    @newest
+    def test_workers_speak_while_they_build_the_same_module(self):
+        """Ansible's module builder holds a lock; whoever waits for it must not keep the holder from its work."""
+        self.compare(tasks('find: {paths: /nonexistent}', 'getent: {database: passwd, key: root}'),
+                     hosts=many_hosts(5), args=['-vvvvv'], pipelining=True)
+
+    @newest
+    def test_callback_with_a_thread_that_prints(self):
+        """Whatever is forked while it prints must not wait for the lock that it has."""
+        spews = '''
+            import os, sys, threading
+            from ansible.plugins.callback import CallbackBase
+
+            class CallbackModule(CallbackBase):
+                CALLBACK_VERSION, CALLBACK_NAME = 2.0, 'spews'
+
+                def v2_playbook_on_start(self, playbook):
+                    os.register_at_fork(after_in_child=lambda: print('child', flush=True))
+                    self.thread = threading.Thread(target=self.spew, daemon=True)
+                    self.is_over = False
+                    self.thread.start()
+
+                def spew(self):
+                    while not self.is_over:
+                        sys.stdout.write('.')
+                        sys.stdout.flush()
+
+                def v2_playbook_on_stats(self, stats):
+                    self.is_over = True
+                    self.thread.join()
+            '''
+        self.compare(WHO, hosts=many_hosts(3), files={'plugins/callback/spews.py': spews}, pipelining=True,
+                     env={'ANSIBLE_CALLBACKS_ENABLED': 'msrecord,spews'}, timeout=40)
 
     def test_reset_and_wait_for_connection(self):
         self.compare('''
