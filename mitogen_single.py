@@ -1452,11 +1452,11 @@ class Catalogue:
         return list(self.members)
 
     def close(self):
-        digests = {path: hashlib.sha1(data).digest() for path, data in self.members.items()}
-        table = json.dumps({path: digest.hex() for path, digest in digests.items()}, sort_keys=True).encode()
-        toc = hashlib.sha1(table).digest()
-        client().offer(toc, [(toc, table)] + [(digests[path], data) for path, data in self.members.items()])
-        self.file.write(b'MITOGEN_SINGLE:' + toc.hex().encode())
+        digests = {path: hashlib.sha1(data).hexdigest() for path, data in self.members.items()}
+        table = json.dumps(digests, sort_keys=True).encode()
+        toc = hashlib.sha1(table).hexdigest()
+        client().offer(toc, {toc: table, **{digests[path]: data for path, data in self.members.items()}})
+        self.file.write(b'MITOGEN_SINGLE:' + toc.encode())
 
 
 # ---- what was found in an earlier run
@@ -1848,13 +1848,15 @@ class Client:
                         self.send(DATA, request, bytes([channel]) + answer)
 
     # Called from within Ansible's module builder, which holds a lock on a file: the baton is not passed on, or another
-    # worker would take it and wait for that lock for ever.
+    # worker would take it and wait for that lock for ever. Of a module's 60 blobs the broker has most from another one.
     def offer(self, toc, blobs):
         with self.asking() as request, baton.kept():
-            for blob in blobs:
-                self.send(BLOBS, request, pack_blobs([blob]))
-            self.send(CALL, request, pack(dict(call='offer', toc=toc.hex())))
-            self.receive(request)
+            missing = [toc]
+            while missing:
+                for name in missing:
+                    self.send(BLOBS, request, pack_blobs([(bytes.fromhex(name), blobs[name])]))
+                self.send(CALL, request, pack(dict(call='offer', toc=toc)))
+                missing = unpack(self.receive(request)[1])[0]['missing']
 
     # Close the link to an agent, and so all that is behind it.
     def drop(self, key):
@@ -2143,9 +2145,11 @@ class Broker:
 
     def call_offer(self, stream, request, head, body):
         toc = bytes.fromhex(head['toc'])
-        digests = [bytes.fromhex(digest) for digest in json.loads(self.blobs[toc]).values()]
-        self.tables[head['toc']] = [toc] + sorted(set(digests))
-        self.answer(stream, REPLY, request, pack({}))
+        digests = sorted(set(map(bytes.fromhex, json.loads(self.blobs[toc]).values())))
+        missing = [digest.hex() for digest in digests if digest not in self.blobs]
+        if not missing:
+            self.tables[head['toc']] = [toc] + digests
+        self.answer(stream, REPLY, request, pack(dict(missing=missing)))
 
     def call_drop(self, stream, request, head, body):
         if head['key'] in self.links:
