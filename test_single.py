@@ -2245,6 +2245,7 @@ class RealCache(Real):
         self.write('library/tells.py', textwrap.dedent(TELLS).lstrip())
         self.write('second/extra.py', 'WORD = "extra"\n')
         self.write('second/more.py', 'WORD = "more"\n')
+        self.write('second/most.py', 'WORD = "most"\n')
         self.write('c2/ansible_collections/ns/col/plugins/module_utils/words.py', 'WORD = "col"\n')
 
     def tearDown(self):
@@ -2297,11 +2298,13 @@ class RealCache(Real):
             self.mark()
             self.assertEqual(self.told()['marker'], 'from the cache')
         with open(os.path.join(self.root, 'library/tells.py')) as file:
-            self.write('library/tells.py', file.read().replace('"module"', '"edited"'))
-        step((0, 'edited'))
+            self.write('library/tells.py', file.read().replace('"module"', 'MORE').replace(
+                'import ansible\n', 'import ansible\nfrom ansible.module_utils.more import WORD as MORE\n'))
+        step((0, 'more'))
         before = os.stat(os.path.join(self.root, 'second/extra.py'))
-        self.write('second/extra.py', 'from ansible.module_utils.more import WORD\n', (before.st_atime_ns, before.st_mtime_ns))
-        step((1, 'more'))
+        self.write('second/extra.py', 'from ansible.module_utils.most import WORD\n',
+                   (before.st_atime_ns, before.st_mtime_ns))
+        step((1, 'most'))
         self.write('first/extra.py', 'WORD = "shadow"\n')
         self.write('first/common/network.py', 'WORD = "nested"\n')
         step((1, 'shadow'), (2, 'nested'))
