@@ -92,6 +92,7 @@ import threading
 import time
 import traceback
 import types
+import warnings
 import zipfile
 import zlib
 
@@ -109,9 +110,10 @@ try:
     from ansible.plugins.connection import ConnectionBase, local as local_plugin
     from ansible.plugins.connection import ssh as ssh_plugin
     from ansible.plugins.loader import (action_loader, become_loader, connection_loader, module_loader,
-                                        shell_loader)
+                                        module_utils_loader, shell_loader)
     from ansible.plugins.strategy import free as free_strategy
     from ansible.plugins.strategy.linear import StrategyModule as LinearStrategy
+    from ansible.utils.collection_loader import _collection_finder
     from ansible.utils.display import Display
     display = Display()
 except ImportError:
@@ -199,6 +201,7 @@ def patches():
         (action, '_configure_module', building_for_connection),
         (action_plugins, 'modify_module', making_payloads),
         (module_common, 'zipfile', with_catalogue),
+        (module_common, 'recursive_finder', finding_once),
         # ... which is enough to run it from RAM. Whoever wants a file on the target gets the real one.
         (action, '_transfer_data', transferring_real_bytes),
         # The temporary directory of a task costs no round trip.
@@ -219,9 +222,15 @@ def patched():
                         % ', '.join(missing))
         yield
         return
+    with replaced(patches()):
+        yield
+
+
+@contextlib.contextmanager
+def replaced(rows):
     undo = []
     try:
-        for owner, name, replacement in patches():
+        for owner, name, replacement in rows:
             original = vars(owner).get(name, undo)
             undo.append((owner, name, original))
             setattr(owner, name, replacement(getattr(owner, name)))
@@ -1449,11 +1458,235 @@ class Catalogue:
         return list(self.members)
 
     def close(self):
-        digests = {path: hashlib.sha1(data).digest() for path, data in self.members.items()}
-        table = json.dumps({path: digest.hex() for path, digest in digests.items()}, sort_keys=True).encode()
-        toc = hashlib.sha1(table).digest()
-        client().offer(toc, [(toc, table)] + [(digests[path], data) for path, data in self.members.items()])
-        self.file.write(b'MITOGEN_SINGLE:' + toc.hex().encode())
+        digests = {path: hashlib.sha1(data).hexdigest() for path, data in self.members.items()}
+        table = json.dumps(digests, sort_keys=True).encode()
+        toc = hashlib.sha1(table).hexdigest()
+        client().offer(toc, {toc: table, **{digests[path]: data for path, data in self.members.items()}})
+        self.file.write(b'MITOGEN_SINGLE:' + toc.encode())
+
+
+# ---- what was found in an earlier run
+# To find the files that a module needs takes Ansible 100 to 400 ms: it parses each of them for its imports. What it
+# found is kept on this machine, as a list of paths and hashes of what was there, and read back in 2 ms. It counts as
+# long as Ansible would find the same: the module and all those files have the same text, read now from where they are;
+# Ansible looks in the same places; and there are the same names in these, so that nothing hides a file that it did not
+# hide before. Times of files prove nothing, and are not asked. What is kept is data: sent to targets, never run here.
+
+CACHE_FILES = 1000      # one for a module, its text and the search path; a cache that holds more starts anew
+SEARCHED_FILES = 5000   # names that are worth a look for one module (1 ms for 1500): a search path may lead to anything
+UNUSABLE = (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError)    # of a cache: do without
+
+
+def finding_once(recursive_finder):
+    def patched_finder(name, fqn, source, archive, *more):
+        find = functools.partial(recursive_finder, name, fqn, source, archive, *more)
+        if not isinstance(archive, Catalogue) or display.verbosity > 2 or any(map(extends, more)):
+            return find()       # from -vvv on Ansible tells what it looks for
+        try:
+            archive.members.update(recalled(entry_name(fqn, source)))
+        except UNUSABLE:
+            return found_and_kept(find, fqn, source, archive)
+        return plain_metadata()
+    return patched_finder
+
+
+# Coverage or a debugger, since ansible-core 2.19: it brings files of its own.
+def extends(argument):
+    return getattr(argument, 'extension_names', ())
+
+
+# What recursive_finder returns for every module, but for experiments: nothing up to ansible-core 2.18.
+def plain_metadata():
+    return getattr(module_common, '_DEFAULT_LEGACY_METADATA', None)
+
+
+# All that decides over the files of a module before any of them is looked for.
+def entry_name(fqn, source):
+    return digest_of([builder_version(), search_path(), fqn, hashlib.sha1(source).hexdigest()])
+
+
+def digest_of(value):
+    return hashlib.sha1(json.dumps(value, sort_keys=True, default=str).encode()).hexdigest()
+
+
+@functools.lru_cache(maxsize=None)
+def builder_version():
+    texts = [hashlib.sha1(read_file(path)).hexdigest() for path in (module_common.__file__, __file__)]
+    return [module_common.__version__, sys.version, os.environ.get('_ANSIBLE_MODULE_METADATA'), texts]
+
+
+def search_path():
+    return module_utils_loader._get_paths(subdirs=False) + [module_common._MODULE_UTILS_PATH]
+
+
+def read_file(path):
+    with open(path, 'rb') as file:
+        return file.read()
+
+
+def recalled(name):
+    with cache_directory() as directory, open_private(name, directory) as file:
+        entry = json.load(file)
+    if not is_current(entry):
+        raise LookupError('Ansible may find other files now')
+    return {path: read_member(*member) for path, member in entry['members'].items()}
+
+
+def is_current(entry):
+    return entry['names'] == names_on_search_path() and all(
+        state == collection_state(name) for name, state in entry['collections'].items())
+
+
+def read_member(place, content):
+    if place is None:
+        return content.encode()
+    data = read_file(place)
+    if hashlib.sha1(data).hexdigest() != content:
+        raise LookupError('%s has changed' % place)
+    return data
+
+
+# What becomes of a build that is watched. What changed while Ansible was looking is not kept.
+def found_and_kept(find, fqn, source, archive):
+    watch = Watch()
+    with replaced(watch.observers()):
+        metadata = find()
+    if metadata == plain_metadata() and not watch.doubts:
+        with contextlib.suppress(*UNUSABLE):
+            entry = dict(names=watch.names, collections=watch.collections,
+                         members={path: reference(path, data) for path, data in archive.members.items()})
+            if is_current(entry):
+                keep(entry_name(fqn, source), entry)
+    return metadata
+
+
+# Listens to Ansible while it looks for files. Which collections did it ask for, be they there or not? And did it, or
+# Python, have anything to say to the user? Then it shall say so in each run.
+class Watch:
+    def __init__(self):
+        self.doubts = []                    # why not to keep what it finds
+        self.collections = {}               # name -> state, before any of its files was looked for
+        self.names = self.noted(names_on_search_path)
+
+    def noted(self, ask, *args):
+        try:
+            return ask(*args)
+        except UNUSABLE as e:
+            self.doubts.append(e)
+
+    def observers(self):
+        return ((module_common, '_get_collection_metadata', self.noting_collections),
+                (module_common, 'display', self.noting_messages),
+                (warnings, 'showwarning', self.noting_calls))
+
+    def noting_collections(self, get_metadata):
+        def patched_get(name):
+            if name not in self.collections:
+                self.collections[name] = self.noted(collection_state, name)
+            return get_metadata(name)
+        return patched_get
+
+    def noting_messages(self, original):
+        speech = {name: self.noting_calls(getattr(original, name)) for name in ('warning', 'deprecated')}
+        return types.SimpleNamespace(debug=original.debug, vvv=original.vvv, vvvvv=original.vvvvv, **speech)
+
+    def noting_calls(self, function):
+        def patched_function(*args, **kwargs):
+            self.doubts.append(args)
+            return function(*args, **kwargs)
+        return patched_function
+
+
+def names_on_search_path():
+    return digest_of([importable(os.path.realpath(path)) for path in dict.fromkeys(search_path())])
+
+
+# Where a collection is, what it redirects, and the names of its module_utils; None where there is none.
+def collection_state(name):
+    try:
+        routing = _collection_finder._get_collection_metadata(name).get('plugin_routing') or {}
+    except ValueError:
+        return None
+    home = collection_home(name)
+    return digest_of([home, routing.get('module_utils'), importable(os.path.join(home, 'plugins', 'module_utils'))])
+
+
+def collection_home(name):
+    return os.path.dirname(sys.modules['ansible_collections.' + name].__file__)
+
+
+# All files and directories below a directory that an import could find.
+def importable(root):
+    files, places = [], [root] if os.path.isdir(root) else []
+    for place in places:        # which grows on the way
+        for entry in os.scandir(place):
+            if entry.is_dir() and entry.name != '__pycache__':
+                places.append(entry.path)
+            elif entry.is_file():
+                files.append(entry.path)
+        if len(places) + len(files) > SEARCHED_FILES:
+            raise ValueError('too many files in %s' % root)
+    return sorted(places) + sorted(files)
+
+
+# Where the text of a member is, and its hash; no place, and the text, for what Ansible itself wrote: packages that
+# are empty or only lead elsewhere. Whatever else there is comes from a place that we do not know.
+def reference(path, data):
+    places = places_of(path)
+    for place in places:
+        if os.path.isfile(place) and read_file(place) == data:
+            return place, hashlib.sha1(data).hexdigest()
+    if any(map(os.path.lexists, places)) or not path.endswith('/__init__.py'):
+        raise LookupError('where does %s come from?' % path)
+    return None, data.decode()
+
+
+# Ansible writes the packages down to module_utils; what is below has files.
+def places_of(path):
+    package, found, rest = path.partition('/module_utils/')
+    if not found or rest == '__init__.py':
+        return []
+    if package == 'ansible':
+        return [os.path.join(root, rest) for root in search_path()]
+    _, namespace, name, _ = package.split('/')
+    return [os.path.join(collection_home('%s.%s' % (namespace, name)), 'plugins', 'module_utils', rest)]
+
+
+# A directory of ours alone: whoever could write there would decide what runs as root on all targets.
+@contextlib.contextmanager
+def cache_directory():
+    path = os.path.join(C.ANSIBLE_HOME, 'mitogen_single_cache')
+    os.makedirs(path, 0o700, exist_ok=True)
+    directory = private_fd(path, os.O_DIRECTORY)
+    try:
+        yield directory
+    finally:
+        os.close(directory)
+
+
+def open_private(name, directory, mode='r'):
+    return open(name, mode, opener=lambda path, flags: private_fd(path, flags, directory))
+
+
+def private_fd(path, flags, directory=None):
+    fd = os.open(path, flags | os.O_NOFOLLOW, 0o600, dir_fd=directory)
+    status = os.fstat(fd)
+    if status.st_uid != os.geteuid() or status.st_mode & 0o077:
+        os.close(fd)
+        raise PermissionError('%s is not ours alone' % path)
+    return fd
+
+
+# Complete or not at all, and of two runs the one that comes last.
+def keep(name, entry):
+    with cache_directory() as directory:
+        kept = os.listdir(directory)
+        for old in kept if len(kept) >= CACHE_FILES else ():
+            os.unlink(old, dir_fd=directory)
+        draft = '%s.%s' % (name, os.urandom(8).hex())
+        with open_private(draft, directory, 'x') as file:
+            file.write(json.dumps(entry))
+        os.replace(draft, name, src_dir_fd=directory, dst_dir_fd=directory)
 
 
 # 7 CLIENT ############################################################################################################
@@ -1621,13 +1854,15 @@ class Client:
                         self.send(DATA, request, bytes([channel]) + answer)
 
     # Called from within Ansible's module builder, which holds a lock on a file: the baton is not passed on, or another
-    # worker would take it and wait for that lock for ever.
+    # worker would take it and wait for that lock for ever. Of a module's 60 blobs the broker has most from another one.
     def offer(self, toc, blobs):
         with self.asking() as request, baton.kept():
-            for blob in blobs:
-                self.send(BLOBS, request, pack_blobs([blob]))
-            self.send(CALL, request, pack(dict(call='offer', toc=toc.hex())))
-            self.receive(request)
+            missing = [toc]
+            while missing:
+                for name in missing:
+                    self.send(BLOBS, request, pack_blobs([(bytes.fromhex(name), blobs[name])]))
+                self.send(CALL, request, pack(dict(call='offer', toc=toc)))
+                missing = unpack(self.receive(request)[1])[0]['missing']
 
     # Close the link to an agent, and so all that is behind it.
     def drop(self, key):
@@ -1926,9 +2161,11 @@ class Broker:
 
     def call_offer(self, stream, request, head, body):
         toc = bytes.fromhex(head['toc'])
-        digests = [bytes.fromhex(digest) for digest in json.loads(self.blobs[toc]).values()]
-        self.tables[head['toc']] = [toc] + sorted(set(digests))
-        self.answer(stream, REPLY, request, pack({}))
+        digests = sorted(set(map(bytes.fromhex, json.loads(self.blobs[toc]).values())))
+        missing = [digest.hex() for digest in digests if digest not in self.blobs]
+        if not missing:
+            self.tables[head['toc']] = [toc] + digests
+        self.answer(stream, REPLY, request, pack(dict(missing=missing)))
 
     def call_drop(self, stream, request, head, body):
         if head['key'] in self.links:

@@ -2216,6 +2216,186 @@ THIRTEEN = tasks(
     '    - file: {path: "{{ base }}", state: absent}\n'
 
 
+# What Ansible found for a module is kept on the controller.  All of it lies in one directory, so that runs have the
+# same paths; the module tells what it was built from.
+
+TELLS = '''
+    #!/usr/bin/python
+    import ansible
+    from ansible.module_utils.basic import AnsibleModule
+    from ansible.module_utils.common import network
+    from ansible.module_utils.extra import WORD
+    from ansible_collections.ns.col.plugins.module_utils.words import WORD as COLLECTED
+    try:
+        from ansible_collections.ns.late.plugins.module_utils.words import WORD as LATE
+    except ImportError:
+        LATE = None
+    AnsibleModule({}).exit_json(changed=False, marker=getattr(ansible, "marker", None), core=ansible.__version__,
+                                words=["module", WORD, getattr(network, "WORD", "own"), COLLECTED, LATE])
+    '''
+
+
+class RealCache(Real):
+    every_core = True
+
+    def setUp(self):
+        super().setUp()
+        self.root = tempfile.mkdtemp(dir=LAB.path('.'))
+        self.home = os.path.join(self.root, 'home')
+        self.cache = os.path.join(self.home, '.ansible', 'mitogen_single_cache')
+        self.write('library/tells.py', textwrap.dedent(TELLS).lstrip())
+        self.write('second/extra.py', 'WORD = "extra"\n')
+        self.write('second/more.py', 'WORD = "more"\n')
+        self.write('second/most.py', 'WORD = "most"\n')
+        self.write('c2/ansible_collections/ns/col/plugins/module_utils/words.py', 'WORD = "col"\n')
+
+    def tearDown(self):
+        super().tearDown()
+        shutil.rmtree(self.root)
+
+    def write(self, name, text, times=None):
+        path = os.path.join(self.root, name)
+        os.makedirs(os.path.dirname(path), exist_ok=True)
+        with open(path, 'w') as file:
+            file.write(text)
+        if times:
+            os.utime(path, ns=times)
+
+    def start(self, engine, book=tasks('tells:'), **env):
+        places = {'ANSIBLE_LIBRARY': 'library', 'ANSIBLE_MODULE_UTILS': 'first:second',
+                  'ANSIBLE_COLLECTIONS_PATH': 'c1:c2'}
+        env.update({name: ':'.join(os.path.join(self.root, part) for part in value.split(':'))
+                    for name, value in places.items()})
+        return self.new(engine, book, env=env, home=self.home, hosts={'t1': {'ansible_connection': 'local'}}).start()
+
+    def told(self, engine=None, **options):
+        play = self.start(engine or self.plugin, **options).finish()
+        self.assertEqual(play.rc, 0, play.tail())
+        return play.result('tells')
+
+    def entries(self):
+        return sorted(glob.glob(os.path.join(self.cache, '*')))
+
+    def mark(self):
+        """What comes from the cache says so."""
+        for path in self.entries():
+            with open(path) as file:
+                entry = json.load(file)
+            entry['members']['ansible/__init__.py'][1] += 'marker = "from the cache"\n'
+            with open(path, 'w') as file:
+                json.dump(entry, file)
+
+    def test_is_never_stale(self):
+        words = ['module', 'extra', 'own', 'col', None]
+
+        def step(*changes):
+            for at, word in changes:
+                words[at] = word
+            for engine in (self.plugin, self.stock)[:1 + (self.core == NEWEST)]:
+                self.assertEqual(self.told(engine)['words'], words, (engine.name, changes))
+
+        step()
+        if self.ours:
+            self.mark()
+            self.assertEqual(self.told()['marker'], 'from the cache')
+        with open(os.path.join(self.root, 'library/tells.py')) as file:
+            self.write('library/tells.py', file.read().replace('"module"', 'MORE').replace(
+                'import ansible\n', 'import ansible\nfrom ansible.module_utils.more import WORD as MORE\n'))
+        step((0, 'more'))
+        before = os.stat(os.path.join(self.root, 'second/extra.py'))
+        self.write('second/extra.py', 'from ansible.module_utils.most import WORD\n',
+                   (before.st_atime_ns, before.st_mtime_ns))
+        step((1, 'most'))
+        self.write('first/extra.py', 'WORD = "shadow"\n')
+        self.write('first/common/network.py', 'WORD = "nested"\n')
+        step((1, 'shadow'), (2, 'nested'))
+        shutil.rmtree(os.path.join(self.root, 'first'))
+        self.write('first/extra/__init__.py', 'WORD = "package"\n')
+        step((1, 'package'), (2, 'own'))
+        self.write('c2/ansible_collections/ns/col/plugins/module_utils/words.py', 'WORD = "new"\n')
+        self.write('c2/ansible_collections/ns/late/plugins/module_utils/words.py', 'WORD = "late"\n')
+        step((3, 'new'), (4, 'late'))
+        self.write('c2/ansible_collections/ns/col/meta/runtime.yml', 'plugin_routing: {module_utils: {words: {'
+                   'redirect: ansible_collections.ns.late.plugins.module_utils.words}}}\n')
+        step((3, 'late'))
+        self.write('c1/ansible_collections/ns/col/plugins/module_utils/words.py', 'WORD = "moved"\n')
+        step((3, 'moved'))
+
+    @newest
+    def test_another_core_at_the_same_place(self):
+        installed = sh(os.path.join(self.plugin.venv, 'bin', 'python'), '-c',
+                       'import ansible; print(ansible.__path__[0])').strip()
+        shutil.copytree(installed, os.path.join(self.root, 'core', 'ansible'))
+        for version in ('2.21.77', '2.21.88'):
+            self.write('core/ansible/release.py', '__version__ = "%s"\n__author__ = "Ansible, Inc."\n'
+                       '__codename__ = "x"\n' % version)
+            self.assertEqual(self.told(PYTHONPATH=os.path.join(self.root, 'core'))['core'], version)
+
+    @newest
+    def test_is_used_while_it_is_private(self):
+        self.needs_plugin()
+        self.told()
+        self.assertEqual([stat.S_IMODE(os.stat(path).st_mode) for path in [self.cache] + self.entries()],
+                         [0o700, 0o600])
+        self.mark()
+        self.assertEqual(self.told()['marker'], 'from the cache')
+        elsewhere, entry = self.cache + '2', self.entries()[0]
+        spoils = [
+            (lambda: os.chmod(self.cache, 0o750), lambda: os.chmod(self.cache, 0o700)),
+            (lambda: (os.rename(self.cache, elsewhere), os.symlink(elsewhere, self.cache)),
+             lambda: (os.unlink(self.cache), os.rename(elsewhere, self.cache))),
+            (lambda: os.chmod(entry, 0o640), lambda: self.assertEqual(os.stat(entry).st_mode & 0o777, 0o600))]
+        if ROOT:
+            spoils.insert(0, (lambda: os.chown(self.cache, FIRST_UID, -1), lambda: os.chown(self.cache, 0, -1)))
+        for spoil, undo in spoils:
+            spoil()
+            self.assertIsNone(self.told()['marker'])
+            undo()
+
+    @newest
+    def test_broken_entries_are_replaced(self):
+        self.needs_plugin()
+        book = tasks('tells:', 'stat: {path: /}', 'slurp: {src: /etc/hostname}', 'getent: {database: passwd}',
+                     'ping:', 'find: {paths: /etc/ssh}')
+        self.told(book=book)
+        whole = {path: open(path).read() for path in self.entries()}
+        self.assertEqual(len(whole), 6)
+        broken = ['', '[]', '{"names": 1}', '\0\1', '[' * 100000, next(iter(whole.values()))[:2000]]
+        for path, text in zip(whole, broken):
+            self.write(path, text)
+        self.told(book=book)
+        self.assertEqual({path: open(path).read() for path in self.entries()}, whole)
+
+    @newest
+    def test_nowhere_to_keep_it(self):
+        self.needs_plugin()
+        self.write('home/.ansible/mitogen_single_cache', 'a file\n')
+        self.told()
+        with open(self.cache) as file:
+            self.assertEqual(file.read(), 'a file\n')
+
+    @newest
+    def test_two_runs_at_once(self):
+        self.needs_plugin()
+        for play in [self.start(self.plugin) for _ in range(2)]:
+            self.assertEqual(play.finish().rc, 0, play.tail())
+        self.assertEqual(len(self.entries()), 1)
+        self.mark()
+        self.assertEqual(self.told()['marker'], 'from the cache')
+
+    @newest
+    def test_what_the_search_says_is_said_in_each_run(self):
+        self.write('c2/ansible_collections/ns/col/meta/runtime.yml', 'plugin_routing: {module_utils: {words: {'
+                   'deprecation: {removal_version: 9.0.0, warning_text: words are going},'
+                   'redirect: ansible_collections.ns.col.plugins.module_utils.letters}}}\n')
+        self.write('c2/ansible_collections/ns/col/plugins/module_utils/letters.py', 'WORD = "\\d"\n')
+        for engine in (self.stock, self.plugin, self.plugin):
+            play = self.start(engine, ANSIBLE_DEPRECATION_WARNINGS='1').finish()
+            self.assertEqual(play.rc, 0, play.tail())
+            for text in 'words are going', 'SyntaxWarning':
+                self.assertEqual((play.out + play.err).count(text), 1, play.tail())
+
+
 # 13 STYLES ######################################################################################
 # What is not a new-style Python module goes Ansible's own generic way, through our connection.
 
