@@ -999,8 +999,7 @@ class Carrier:
     def collect(self, account, interpreter, head, body):
         out = {STDOUT: [], STDERR: []}
         try:
-            reply = self.call(account, interpreter, head, Client.call, body,
-                              lambda channel, data: out[channel].append(data))
+            reply = self.call(account, interpreter, head, body, on_data=lambda channel, data: out[channel].append(data))
         except BecomeEnded as e:
             return e.head['code'], to_bytes(e.head['stdout']), to_bytes(e.head['stderr'] + e.head['tty'])
         result = reply['rc'], b''.join(out[STDOUT]), b''.join(out[STDERR])
