@@ -1086,7 +1086,7 @@ class Carrier:
         try:
             if item and item.may_go_ahead(route_of(head)) and len(body) <= CHUNK:
                 return client().call(dict(head, lane=item.lane.name), body, meanwhile=item.sent, **more)
-        except NotConnected:
+        except (NotConnected, LinkLost):
             item.lane.ahead = 1
             raise
         return client().call(head, body, **more)
