@@ -2782,6 +2782,7 @@ class RealControl(Real):
               gather_facts: false
               become: true
               become_user: msapp
+              vars: {ansible_python_interpreter: /usr/bin/python3}      # Ansible's own may be in a home closed to others
               tasks:
                 - command: id -un
                 - copy: {content: x, dest: /tmp/mitogen_single_test_local}
