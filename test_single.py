@@ -7,6 +7,7 @@ The tests and the benchmark of mitogen_single.py.
     python3 test_single.py -k PATTERN           those whose name matches
     python3 test_single.py RealFiles.test_copy  plain unittest names work too
     python3 test_single.py bench [WORKLOAD ...] [--runs N] [--engines stock,mitogen,plugin]
+    python3 test_single.py conformance [TARGET ...]     ansible-core's own integration targets
 
 Nothing need be installed but Python 3.9 or newer.  The first run makes one virtual environment for
 each ansible-core under .lab/ (MITOGEN_SINGLE_TEST_VENVS names another directory to take them from),
@@ -46,7 +47,8 @@ still pass, which proves that they compare nothing that varies by itself.
     18 WORLD        one long playbook with everything in it
     19 PYTHONS      every Python found as target
     20 BENCH        stock, Mitogen and the plugin in turn; the delaying proxy
-    21 MAIN         the command line
+    21 CONFORMANCE  ansible-core's own integration targets, by stock and by the plugin
+    22 MAIN         the command line
 """
 import argparse
 import ast
@@ -4039,7 +4041,150 @@ def big_file(workload):
     return path
 
 
-# 21 MAIN ########################################################################################
+# 21 CONFORMANCE #################################################################################
+# ansible-core's own integration targets, each by stock Ansible and by the plugin.  They change
+# accounts, packages and files as they please: each runs in namespaces of its own, as root of an
+# overlay of this machine that is kept in memory, with an sshd of its own, and all of it is gone
+# afterwards.
+
+SANDBOX = r'''
+    set -e
+    box=$1 config=$2 port=$3 folder=$4
+    shift 4
+    mount -t tmpfs sandbox "$box"
+    for place in / $(findmnt -nro TARGET --real | grep -vx / | sort); do
+        layer=$((layer + 1))
+        mkdir -p "$box/$layer/upper" "$box/$layer/work" "$box/root"
+        mount -t overlay -o "lowerdir=$place,upperdir=$box/$layer/upper,workdir=$box/$layer/work" \
+            overlay "$box/root$place"
+    done
+    mount -t proc proc "$box/root/proc"
+    mount --rbind /dev "$box/root/dev"
+    mount --rbind /sys "$box/root/sys"
+    exec chroot "$box/root" sh -c '"$0" -f "$1" -p "$2" && cd "$3" && shift 3 && mkdir -m 777 /tmp/output && "$@"; exit $?' \
+        "$(command -v sshd)" "$config" "$port" "$folder" "$@"
+    '''
+
+# What a target must not be marked with to be of use here.
+FOREIGN = {'disabled', 'hidden', 'unstable', 'unsupported', 'needs/httptester', 'needs/privileged', 'skip/linux'}
+
+# As ansible-test sets them.
+TARGET_SETTINGS = {
+    'ANSIBLE_DEPRECATION_WARNINGS': 'false', 'ANSIBLE_DEVEL_WARNING': 'false',
+    'ANSIBLE_FORCE_COLOR': 'false', 'ANSIBLE_FORCE_HANDLERS': 'true', 'ANSIBLE_HOST_KEY_CHECKING': 'false',
+    'ANSIBLE_HOST_PATTERN_MISMATCH': 'error', 'ANSIBLE_INVENTORY': '/dev/null', 'ANSIBLE_LIBRARY': '/dev/null',
+    'ANSIBLE_PYTHON_MODULE_RLIMIT_NOFILE': '1024', 'ANSIBLE_RETRY_FILES_ENABLED': 'false',
+    'ANSIBLE_TEST_CI': '', 'ANSIBLE_TEST_COVERAGE': '', 'HOME': '/root', 'LANG': 'C.UTF-8', 'LOGNAME': 'root',
+    'OUTPUT_DIR': '/tmp/output', 'PAGER': '/bin/cat', 'PYTHONDONTWRITEBYTECODE': '1', 'SHELL': '/bin/bash',
+    'TERM': 'xterm', 'USER': 'root'}
+TARGET_SECONDS = 600
+
+
+class Target:
+    def __init__(self, suite, name):
+        self.suite = suite
+        self.name = name
+        self.folder = os.path.join(suite, 'targets', name)
+        path = os.path.join(self.folder, 'aliases')
+        self.marks = set()
+        if os.path.exists(path):
+            with open(path) as file:
+                self.marks = {line.split('#')[0].strip() for line in file}
+
+    def fits(self):
+        return not self.marks & FOREIGN and any(mark.startswith('shippable/posix/') for mark in self.marks)
+
+    def run(self, engine):
+        """-> whether it passed, seconds, path of what it printed"""
+        log = os.path.join(CACHE, 'conformance', '%s.%s' % (self.name, engine.name))
+        box = LAB.path('box')
+        port = free_port()
+        folder, argv = self.prepare(port)
+        for place in (box, os.path.dirname(log)):
+            os.makedirs(place, exist_ok=True)
+        began = time.time()
+        with open(log, 'wb') as file:
+            try:
+                code = subprocess.run(
+                    ['unshare', '-mpfui', '--kill-child', 'sh', '-c', SANDBOX, 'sandbox', box, LAB.sshds[0].config,
+                     str(port), folder] + argv, env=self.environment(engine, folder), stdin=subprocess.DEVNULL,
+                    stdout=file, stderr=file, start_new_session=True, timeout=TARGET_SECONDS).returncode
+            except subprocess.TimeoutExpired:
+                code = 'it hangs'
+        return code == 0, time.time() - began, log
+
+    def prepare(self, port):
+        """A target is a script or a role: write what it runs with, -> directory, command."""
+        variables = dict(LAB.variables(), ansible_port=port, ansible_pipelining=True,
+                         ansible_become='needs/root' in self.marks)
+        play = {'hosts': 'testhost', 'gather_facts': 'gather_facts/no' not in self.marks, 'roles': [self.name],
+                'vars': {'output_dir': '/tmp/output'}}
+        host = ' '.join('%s=%s' % (key, json.dumps(value)) for key, value in variables.items())
+        for name, text in (('inventory', '[testgroup]\ntesthost %s\n' % host), ('play.yml', json.dumps([play])),
+                           ('empty.cfg', '')):
+            with open(os.path.join(self.suite, name), 'w') as file:
+                file.write(text)
+        if os.path.exists(os.path.join(self.folder, 'runme.sh')):
+            return self.folder, ['./runme.sh', '-v']
+        return self.suite, ['ansible-playbook', 'play.yml', '-i', 'inventory', '-v']
+
+    def environment(self, engine, folder):
+        injector = os.path.join(self.suite, '../lib/ansible_test/_util/target/injector')
+        path = '%s/bin:%s:/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin' % (engine.venv, injector)
+        env = dict(TARGET_SETTINGS, PATH=path, ANSIBLE_PLAYBOOK_DIR=folder,
+                   ANSIBLE_CONFIG=os.path.join(self.suite, 'empty.cfg'),
+                   ANSIBLE_ROLES_PATH=os.path.join(self.suite, 'targets'),
+                   ANSIBLE_TEST_PYTHON_INTERPRETER=os.path.join(engine.venv, 'bin/python'),
+                   INVENTORY_PATH=os.path.join(self.suite, 'inventory'), **engine.environment())
+        env.update(mark.split('/')[2:] for mark in self.marks if mark.startswith('env/set/'))
+        return env
+
+
+def fetch_targets(engine):
+    """The directory with the integration targets of an engine's ansible-core, out of its sdist."""
+    python = os.path.join(engine.venv, 'bin', 'python')
+    version = sh(python, '-c', 'from ansible import release; print(release.__version__)').strip()
+    path = os.path.join(CACHE, 'ansible-core-' + version)
+    if not os.path.exists(path):
+        os.makedirs(CACHE, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=CACHE) as scratch:
+            sh(python, '-m', 'pip', 'download', '-q', '--no-deps', '--no-binary', ':all:', '-d', scratch,
+               'ansible-core==' + version)
+            sh('tar', 'xzf', glob.glob(scratch + '/*.tar.gz')[0], '-C', scratch, '--no-same-owner')
+            os.rename(glob.glob(scratch + '/*/test')[0], path)
+    return os.path.join(path, 'integration')
+
+
+def conformance(arguments):
+    parser = argparse.ArgumentParser(prog='test_single.py conformance',
+                                     description="ansible-core's own integration targets, by stock and by the plugin")
+    parser.add_argument('targets', nargs='*', metavar='TARGET', help='all that fit take two hours')
+    options = parser.parse_args(arguments)
+    if not ROOT:
+        sys.exit('root is needed: targets run on an overlay of this machine')
+    try:
+        LAB.up()
+    except unittest.SkipTest as reason:
+        sys.exit(str(reason))
+    engines = Engine('stock'), Engine('plugin')
+    suite = fetch_targets(engines[0])
+    targets = [Target(suite, name) for name in options.targets or sorted(os.listdir(os.path.join(suite, 'targets')))]
+    passed = {engine.name: set() for engine in engines}
+    print('%-40s%20s%20s' % ('', *passed))
+    for target in targets:
+        if options.targets or target.fits():
+            print('%-40s' % target.name, end='', flush=True)
+            for engine in engines:
+                is_passed, seconds, log = target.run(engine)
+                passed[engine.name] |= {target.name} if is_passed else set()
+                print('%8s %9.1f s' % ('passed' if is_passed else 'FAILED', seconds), end='', flush=True)
+            print('' if is_passed or target.name not in passed['stock'] else '  ' + log, flush=True)
+    lost = passed['stock'] - passed['plugin']
+    print('stock passes %d, the plugin %d of these' % (len(passed['stock']), len(passed['stock'] - lost)))
+    return 1 if lost else 0
+
+
+# 22 MAIN ########################################################################################
 
 class Result(unittest.TextTestResult):
     """Counts passes, and says each reason for a skip in a line of its own."""
@@ -4153,7 +4298,7 @@ def main(arguments):
     signal.signal(signal.SIGINT, signal.default_int_handler)
     # As Ctrl-C, and not as SystemExit, which unittest takes for the failure of one test.
     signal.signal(signal.SIGTERM, signal.default_int_handler)
-    commands = {'bench': bench, 'proxy': proxy}
+    commands = {'bench': bench, 'conformance': conformance, 'proxy': proxy}
     command = commands.get(arguments[0]) if arguments else None
     try:
         return command(arguments[1:]) if command else run_tests(arguments)
