@@ -671,6 +671,8 @@ def why_one_by_one(task, items):
     registered = [task.register] if isinstance(task.register, str) else task.register or ()
     if any(name in read for name in registered):
         return 'an item reads what the loop registers'
+    if 'loop_result' in read + repr([task.changed_when, task.failed_when, task.register, control.label]):
+        return 'an item reads what became of the others'
 
 
 # A loop whose items are on their way. All of it is touched by the holder of the baton only.
@@ -991,7 +993,7 @@ class Carrier:
         given = json.loads(params)['ANSIBLE_MODULE_ARGS']
         if given.get('state') == 'absent':
             with contextlib.suppress(NotConnected):
-                client().call(dict(call='retire', to=[login.key], interpreter=None, user=given.get('name')))
+                self.ask(dict(call='retire', to=[login.key], interpreter=None, user=given.get('name')), b'')
 
     # The hops that lead to the account in which a command is to run.
     def account(self, escalated):

@@ -2911,11 +2911,17 @@ class RealControl(Real):
                 - {counter: {count: "{{ ansible_facts.counted | default(0) }}"}, loop: [1, 2, 3, 4]}
                 - {command: "printenv X", loop: [a, b, c, d], environment: {X: "{{ item }}"}}
                 - {command: "echo {{ item }}", loop: [s, t, u], no_log: true}
+                - {user: {name: "nobody{{ item }}", state: absent}, loop: "{{ range(9) | list }}"}
                 - {command: "echo {{ item }}", loop: [1, 2, "{{ nothing }}", 4], ignore_errors: true}
                 - {command: "echo {{ item.a }}", loop: [{a: 1}, {b: 2}, {a: 3}], ignore_errors: true}
                 - {include_tasks: inc.yml, loop: [1, 2], loop_control: {loop_var: outer}}
         '''.replace('OUT', self.out), logins={LAB.login: 1}, pipelining=True, files={
             'inc.yml': '- command: "echo {{ outer }} {{ item }}"\n  loop: [1, 2, 3]\n', 'library/counter.py': COUNTER})
+
+    @newest
+    def test_loop_that_reads_its_own_results(self):
+        self.compare(tasks('{command: "echo {{ item }}", loop: [1, 2, 3, 4], changed_when: "%s"}' % (
+            '_task.loop_result.results | length <= 1')), logins={LAB.login: 1})
 
     @newest
     def test_loop_over_accounts(self):
