@@ -38,7 +38,7 @@ Where does my line go?
     3  PATCHES          the table of what we change in Ansible
     4  WORKERS          the broker is there before the first worker is
     5  CONNECTION       exec_command, put_file, fetch_file, reset
-    6  PAYLOADS         what Ansible's module builder made: a table of contents, the parameters
+    6  PAYLOADS         what Ansible's module builder made: a table of contents, the parameters; kept across runs
     7  CLIENT           a worker's end of the broker's socket
     8  BROKER           owns the links, connects once, knows which agent has which sources
     9  HOPS             stock plugins' options -> command line + dialogue
@@ -1327,8 +1327,8 @@ def expanding_user(expand_user):
 # 6 PAYLOADS ##########################################################################################################
 # Ansible's module builder finds all files that a module needs, zips them, and wraps the zip and the parameters into a
 # Python text. We let it, with another class in the place of ZipFile: what it takes for the zip is the hash of a table
-# of contents. So each version of Ansible decides for itself what belongs into a module, and a task costs 1 ms where
-# base64 and repr of 130 kB took 3.
+# of contents. So each version of Ansible decides for itself what belongs into a module. A task adds its parameters,
+# which takes 0.4 ms; base64 and repr of 130 kB took 3.
 
 COMPRESSION = 'MITOGEN_SINGLE'      # the name under which the builder files such modules in its cache
 
@@ -1616,7 +1616,7 @@ class Watch:
 
 
 def names_on_search_path():
-    return digest_of([importable(os.path.realpath(path)) for path in dict.fromkeys(search_path())])
+    return digest_of([importable(path) for path in dict.fromkeys(map(os.path.realpath, search_path()))])
 
 
 # Where a collection is, what it redirects, and the names of its module_utils; None where there is none.
