@@ -1870,7 +1870,7 @@ class Client:
             if kind == ACK:
                 on_ack()
             elif kind == DATA:
-                on_data(payload[0], payload[1:])
+                on_data(payload[0], memoryview(payload)[1:])
 
     # Start the agent of a plan, or wait until somebody else has. Its program may ask: the dialogue knows what to say.
     def open(self, plan, candidates):
