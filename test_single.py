@@ -786,7 +786,7 @@ DOCUMENTATION = """
     short_description: one JSON line per event
     description: for the tests of mitogen_single
 """
-import json, os
+import json, os, time
 from ansible.plugins.callback import CallbackBase
 
 class CallbackModule(CallbackBase):
@@ -796,7 +796,7 @@ class CallbackModule(CallbackBase):
     CALLBACK_NEEDS_ENABLED = True
 
     def put(self, event, host=None, task=None, result=None):
-        line = dict(event=event, host=host, task=task, result=result)
+        line = dict(event=event, host=host, task=task, result=result, at=time.time())
         with open(os.environ['MS_RECORD'], 'a') as file:
             file.write(json.dumps(line, default=repr, sort_keys=True) + '\n')
 
@@ -1416,6 +1416,72 @@ class PipeCore(unittest.TestCase):
             found = re.findall(r'"mitogen_single.py", line (\d+), in on_share', str(caught.exception))
             self.assertIn('struct.unpack_from', lines[int(found[0]) - 1])
 
+    def test_files(self):
+        text, noise = b'line\n' * 60000, os.urandom(300000)
+        for core in self.each():
+            with tempfile.TemporaryDirectory() as folder:
+                path = os.path.join(folder, 'file')
+                core.call(1, call='put', path=path, mode=0o640, more=True)
+                core.send('data', b'\4' + noise, 1)
+                core.send('data', b'\5' + zlib.compress(text[:131072]), 1)
+                core.send('end', b'', 1)
+                self.assertEqual([core.frame()[0] for n in range(3)], ['ack', 'ack', 'reply'])
+                with open(path, 'rb') as file:
+                    self.assertEqual(file.read(), noise + text[:131072])
+                self.assertEqual(stat.S_IMODE(os.stat(path).st_mode), 0o640)
+                for content, squeeze in ((text, True), (noise, True), (text, False), (b'', True)):
+                    with open(path, 'wb') as file:
+                        file.write(content)
+                    core.call(2, call='get', path=path, squeeze=squeeze)
+                    pieces = self.pieces(core, 2)
+                    self.assertEqual(b''.join(zlib.decompress(piece[1:]) if piece[:1] == b'\5' else piece[1:]
+                                              for piece in pieces), content)
+                    self.assertEqual(sum(map(len, pieces)) < len(content), squeeze and content == text)
+
+    def pieces(self, core, request):
+        """Of a file: each is acknowledged when it is here."""
+        found = []
+        while True:
+            kind, asked, _, payload = core.frame()
+            self.assertEqual(asked, request)
+            if kind == 'reply':
+                return found
+            self.assertEqual(kind, 'data', payload)
+            found.append(payload)
+            core.send('ack', b'', request)
+
+    def test_a_piece_that_swells_is_refused(self):
+        for core in self.each():
+            with tempfile.TemporaryDirectory() as folder:
+                path = os.path.join(folder, 'file')
+                with open(path, 'w') as file:
+                    file.write('old')
+                core.call(1, call='put', path=path, mode=0o600, more=True)
+                core.send('data', b'\5' + zlib.compress(bytes(1 << 20)), 1)
+                kind, _, _, payload = core.frame()
+                self.assertEqual(kind, 'fail')
+                self.assertIn(b'too long', payload)
+                self.assertEqual(os.listdir(folder), ['file'])
+                with open(path) as file:
+                    self.assertEqual(file.read(), 'old')
+
+    def test_requests_take_turns(self):
+        """A reply goes in front of files that are waiting to leave, and these leave alternately."""
+        for core in self.each():
+            with tempfile.NamedTemporaryFile() as big, tempfile.NamedTemporaryFile('r') as told:
+                big.write(os.urandom(1 << 20))
+                big.flush()
+                for request in (1, 2, 3, 4):
+                    core.call(request, call='get', path=big.name, squeeze=False)
+                core.call(5, call='exec', argv=['/bin/sh', '-c', 'echo $$ > %s' % told.name])
+                wait_for(lambda: os.path.getsize(told.name), 5, 'it does not start')
+                child = int(told.read())
+                wait_for(lambda: not os.path.exists('/proc/%d' % child), 5, 'it does not end')
+                order = [core.frame()[1] for n in range(4 * 4 + 1)]
+                after = order[order.index(5) + 1:]
+                self.assertGreater(len(after), 5, order)
+                self.assertNotIn(True, [one == next for one, next in zip(after[:5], after[1:5])], order)
+
     def test_garbage_ends_it(self):
         for core in self.each():
             core.write(b'\xff' * 64)
@@ -1431,6 +1497,75 @@ class PipeCore(unittest.TestCase):
                 child = int(told.read())
             core.end()
             wait_for(lambda: not os.path.exists('/proc/%d' % child), 3, 'its child lives on')
+
+
+class Wire:
+    """A link of `rate` bytes a second and `trip` seconds there and back, on a clock of its own."""
+
+    def __init__(self, rate, trip):
+        self.rate = rate
+        self.trip = trip
+        self.time = 0
+        self.free = 0                   # when the last piece has left
+        self.due = collections.deque()  # when the acknowledgements arrive
+        self.carried = 0
+
+    def read(self, size):
+        return bytes(size)
+
+    def send(self, kind, payload):
+        self.free = max(self.free, self.time) + len(payload) / self.rate
+        self.due.append(self.free + self.trip)
+        self.carried += len(payload)
+
+    def run(self, sender, seconds):
+        """-> (bytes a second, seconds that something small would have to queue at most)"""
+        began, carried, queue = self.time, self.carried, 0
+        while self.time < began + seconds:
+            self.time = self.due.popleft()
+            sender.taken()
+            queue = max(queue, self.free - self.time)
+        return (self.carried - carried) / (self.time - began), queue
+
+
+class PipeWindow(unittest.TestCase):
+    """How much of a file is under way follows the link."""
+
+    def sender(self, wire):
+        names = {'__name__': 'core'}
+        with open(PLUGIN, encoding='utf-8') as file:
+            exec(compile('#' + file.read().partition('\n' + FENCE)[2], PLUGIN, 'exec'), names)
+        names['now'] = lambda: wire.time
+        sender = names['Sender'](wire, False, wire.send, None)
+        sender.over = True              # never: the file has no end
+        sender.more()
+        return sender
+
+    def test_full_and_short_queue(self):
+        for rate, trip in ((1e6, 0.01), (1e7, 0.05), (3e7, 0.05), (1e8, 0.001)):
+            with self.subTest(rate=rate, trip=trip):
+                wire = Wire(rate, trip)
+                sender = self.sender(wire)
+                wire.run(sender, 3)
+                reached, queue = wire.run(sender, 10)
+                self.assertGreater(reached, 0.9 * rate)
+                self.assertLess(queue, 0.07 + 1e5 / rate)
+
+    def test_long_way(self):
+        wire = Wire(1e12, 0.2)
+        sender = self.sender(wire)
+        wire.run(sender, 5)
+        reached, queue = wire.run(sender, 10)
+        self.assertGreater(reached, 15e6)
+        self.assertLess(reached, 25e6)      # 4 MiB at a time: so much memory it takes
+
+    def test_way_that_becomes_longer(self):
+        wire = Wire(1e7, 0.005)
+        sender = self.sender(wire)
+        wire.run(sender, 5)
+        wire.trip = 0.15
+        wire.run(sender, 10)
+        self.assertGreater(wire.run(sender, 10)[0], 0.8e7)
 
 
 # 9 FACE #########################################################################################
@@ -2584,9 +2719,12 @@ class RealFiles(Real):
                      without=('exception',))
 
     def test_fetch(self):
-        files = {'files/bin': bytes(range(256)) * 4000}
+        files = {'files/bin': bytes(range(256)) * 4000, 'files/noise': os.urandom(3 << 20),
+                 'files/mixed': b'text\n' * 99999 + os.urandom(3 << 20) + b'text\n' * 99999}
         stock, ours = self.compare(self.book(
             'copy: {src: bin, dest: OUT/bin}', 'fetch: {src: OUT/bin, dest: fetched/}',
+            '{copy: {src: "{{ item }}", dest: OUT/}, loop: [noise, mixed]}',
+            '{fetch: {src: "OUT/{{ item }}", dest: fetched/}, loop: [noise, mixed]}',
             'fetch: {src: OUT/bin, dest: fetched/flat, flat: true}',
             'fetch: {src: OUT/bin, dest: fetched/}',
             '{fetch: {src: OUT/missing, dest: fetched/}, ignore_errors: true}',
@@ -2644,6 +2782,22 @@ class RealFiles(Real):
                      pipelining=True)
 
     @newest
+    def test_text_travels_small(self):
+        """Unless somebody said what ssh is to compress."""
+        self.needs_plugin()
+        size = 4 << 20
+        book = self.book('copy: {src: text, dest: OUT/text}', 'fetch: {src: OUT/text, dest: fetched/}')
+        for arguments, fewest, most in ((None, 0, size / 8), ('-o ControlMaster=no', size, 2 * size)):
+            link = Link(0)
+            self.run_ours(book, files={'files/text': b'line\n' * (size // 5)}, hosts={'t1': {'ansible_port': link.port}},
+                          env={'ANSIBLE_SSH_ARGS': arguments})
+            carried = link.close()
+            for direction in ('up', 'down'):
+                self.assertGreaterEqual(carried[direction], fewest, arguments)
+                self.assertLess(carried[direction], most, arguments)
+            shutil.rmtree(self.out)
+
+    @newest
     def test_interrupted_copy_leaves_the_old_file(self):
         self.needs_root()
         self.needs_plugin()
@@ -2668,15 +2822,13 @@ class RealFiles(Real):
 
 
 class RealMemory(Real):
-    """1 GiB there and back: no process of ours may grow by 64 MiB."""
+    """A big file there and back: no process of ours may grow by half of it."""
 
-    SIZE = 1 << 30
+    SIZE = 128 << 20
     GROWTH = 64 << 10               # KiB
 
     def setUp(self):
         super().setUp()
-        if not os.environ.get('MITOGEN_SINGLE_TEST_SLOW'):
-            self.skipTest('slow: 1 GiB there and back, needs --slow')
         self.big = LAB.path('big')
         with open(self.big, 'wb') as file:
             block = os.urandom(1 << 20)
@@ -2714,6 +2866,16 @@ class RealMemory(Real):
     def book(self, source):
         return tasks('file: {path: OUT, state: directory}', 'copy: {src: %s, dest: OUT/big}' % source,
                      'fetch: {src: OUT/big, dest: fetched/big, flat: true}').replace('OUT', self.out)
+
+
+class RealMemoryOfGigabytes(RealMemory):
+
+    SIZE = 1 << 30
+
+    def setUp(self):
+        if not os.environ.get('MITOGEN_SINGLE_TEST_SLOW'):
+            self.skipTest('slow: 1 GiB there and back, needs --slow')
+        super().setUp()
 
 
 # 15 CONTROL #####################################################################################
@@ -3824,7 +3986,7 @@ class RealPythons(Real):
 class Workload:
     """What to run and where: `delay` is the round trip of the link in seconds."""
 
-    def __init__(self, about, book, hosts=1, delay=0, files=None, env=None, warm=False, become=False):
+    def __init__(self, about, book, hosts=1, delay=0, files=None, env=None, warm=False, become=False, beside=False):
         self.about = about
         self.book = book
         self.hosts = hosts
@@ -3832,6 +3994,7 @@ class Workload:
         self.files = files or {}
         self.env = env or {}
         self.warm = warm                # one run beforehand that does not count
+        self.beside = beside            # how long the items of the second host take beside the first one's
 
 
 def repeated(count, task):
@@ -3843,6 +4006,10 @@ SMALL = {'files/small/%03d' % n: 'file %d\n' % n for n in range(100)}
 NO_COMPRESSION = {'ANSIBLE_SSH_ARGS': '-o Compression=no -o ControlMaster=auto -o ControlPersist=60s'}
 COPY_SMALL = '{copy: {src: "small/{{ \'%%03d\' %% item }}", dest: /tmp/mitogen_single_bench/}, loop: "{{ range(%d) | list }}"}'
 COPY_BIG = '{copy: {src: "{{ lookup(\'env\', \'MS_BIG\') }}", dest: /tmp/mitogen_single_bench/big}}'
+COPY_BESIDE = ('{copy: {src: "{{ item }}", dest: "/tmp/mitogen_single_bench/{{ inventory_hostname }}"}, '
+               'loop: "{{ [lookup(\'env\', \'MS_BIG\')] if inventory_hostname == \'t1\' else '
+               'range(30) | map(\'regex_replace\', \'^\', \'small/0\') | list }}"}')
+FETCH_BIG = tasks('{fetch: {src: "{{ lookup(\'env\', \'MS_BIG\') }}", dest: fetched}}')
 
 WORKLOADS = {
     'empty': Workload('empty play', '- hosts: all\n  gather_facts: false\n  tasks: []\n'),
@@ -3859,6 +4026,11 @@ WORKLOADS = {
     'copy100': Workload('copy of 100 small files', tasks(*TIDY, COPY_SMALL % 100), files=SMALL),
     'copy512': Workload('copy of 512 MiB, no compression', tasks(*TIDY, COPY_BIG), env=NO_COMPRESSION),
     'copy512C': Workload('copy of 512 MiB, default ssh_args', tasks(*TIDY, COPY_BIG)),
+    'fetch512': Workload('fetch of 512 MiB, no compression', FETCH_BIG, env=NO_COMPRESSION),
+    'fetch512C': Workload('fetch of 512 MiB, default ssh_args', FETCH_BIG),
+    'delaycopy512': Workload('copy of 512 MiB, 50 ms, no compression', tasks(*TIDY, COPY_BIG), env=NO_COMPRESSION, delay=0.05),
+    'beside': Workload('copy of small files beside one of 512 MiB to the same address', tasks(*TIDY, COPY_BESIDE), hosts=2,
+                       files=SMALL, beside=True),
     'become': Workload('facts, 20 command, 10 lineinfile, become', (
         '- hosts: all\n  become: true\n  tasks:\n' + '    - command: id -un\n' * 20 +
         ''.join('    - lineinfile: {path: /tmp/mitogen_single_bench_lines, create: true, line: "line %d"}\n' % n
@@ -4001,6 +4173,8 @@ def bench_line(engine, median, medians):
     for other in ('stock', 'mitogen'):
         if other in medians and engine not in ('stock', other):
             line += '  %s / %s %5.2f' % (other, engine, medians[other]['seconds'] / median['seconds'])
+    if 'item' in median:
+        line += '  %d ms an item' % (1000 * median['item'])
     if 'up' in median:
         line += '  up %d kB, down %d kB, %d round trips' % (median['up'] / 1000, median['down'] / 1000,
                                                             median['trips'])
@@ -4015,10 +4189,15 @@ def bench_once(workload, engine):
         variables['ansible_port'] = link.port if link else LAB.port
     env = {'ANSIBLE_PIPELINING': '1', 'ANSIBLE_FORKS': '20', 'ANSIBLE_CALLBACKS_ENABLED': None,
            'MS_BIG': big_file(workload)}
+    if workload.beside:
+        del env['ANSIBLE_CALLBACKS_ENABLED']
     play = Play(engine, dict(workload.files, **{'play.yml': workload.book}), hosts,
                 dict(env, **workload.env), ['play.yml'],
                 timeout=900, home=LAB.path('bench_' + engine.name)).run()
     sample = {'seconds': play.seconds, 'cpu': play.usage.ru_utime + play.usage.ru_stime}
+    if workload.beside:
+        moments = [event['at'] for event in play.events() if event['event'] == 'item_ok' and event['host'] == 't2']
+        sample['item'] = statistics.median(later - at for at, later in zip(moments, moments[1:]))
     if play.rc:
         note('  %s failed\n%s' % (engine.name, play.tail()))
     settle(play)
