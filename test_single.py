@@ -4353,7 +4353,10 @@ def conformance(arguments):
         sys.exit(str(reason))
     engines = Engine('stock'), Engine('plugin')
     suite = fetch_targets(engines[0])
-    targets = [Target(suite, name) for name in options.targets or sorted(os.listdir(os.path.join(suite, 'targets')))]
+    names = sorted(os.listdir(os.path.join(suite, 'targets')))
+    if set(options.targets) - set(names):
+        parser.error('no such target: %s' % ' '.join(sorted(set(options.targets) - set(names))))
+    targets = [Target(suite, name) for name in options.targets or names]
     passed = {engine.name: set() for engine in engines}
     print('%-40s%20s%20s' % ('', *passed))
     for target in targets:
