@@ -3819,10 +3819,11 @@ class Hop(object):
         self.stream.close(text)
         for channel, fd in self.fds.items():
             self.heard(channel, take(fd))
-            self.loop.close(fd)
-        os.close(self.slave)
+            self.loop.forget(fd)
         if self.code is None:
             self.let_go(2 if was == 'up' else 0)
+        else:
+            self.hang_up()
         said = dict((name, self.said[channel].decode('utf-8', 'replace'))
                     for name, channel in (('stdout', STDOUT), ('stderr', STDERR), ('tty', TTY)))
         if was == 'up':
@@ -3830,14 +3831,20 @@ class Hop(object):
         else:
             self.failed(dict(said, kind=kind, text=text, code=self.code))
 
-    # The end of its stdin asks an agent to go. Who does not is made to.
+    # The end of its stdin asks an agent to go. Who does not is made to. Its terminal stays until then: ssh would take
+    # the end of that for its own, and leave unsent what it was given before.
     def let_go(self, seconds):
         def gone(code):
             self.code = code
             cancel(timer)
+            self.hang_up()
 
         timer = self.loop.later(seconds, lambda: kill_group(self.pid))
         self.loop.exits[self.pid] = gone
+
+    def hang_up(self):
+        for fd in list(self.fds.values()) + [self.slave]:
+            os.close(fd)
 
 
 # 16 IMPORTER #########################################################################################################
