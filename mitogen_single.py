@@ -348,17 +348,26 @@ def patches():
     )
 
 
+_in_place = []          # (owner, name) of what is patched now
+
+
+# A strategy of somebody else's may ask for a stock one while it is made itself: what is in place stays.
 @contextlib.contextmanager
 def patched(*more):
-    rows = patches() + more
+    rows = [row for row in patches() + more if row[:2] not in _in_place]
     missing = [name for owner, name, _ in rows if not hasattr(owner, name)]
     if missing:
         display.warning('mitogen_single does not know this version of Ansible (no %s): this play runs without it'
                         % ', '.join(missing))
         yield
         return
-    with replaced(patches()):
-        yield
+    before = _in_place[:]
+    _in_place.extend(row[:2] for row in rows)
+    try:
+        with replaced(rows):
+            yield
+    finally:
+        _in_place[:] = before
 
 
 @contextlib.contextmanager
