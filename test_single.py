@@ -1583,7 +1583,7 @@ THREE_TASKS = '''
 NO_STRATEGY = {'ANSIBLE_STRATEGY': None, 'ANSIBLE_STRATEGY_PLUGINS': None}
 
 
-class RealInstall(Real):
+class Installed(Real):
     """Wherever the file lies, one connection and one command over it show that it is at work."""
 
     def setUp(self):
@@ -1599,6 +1599,8 @@ class RealInstall(Real):
         with open(PLUGIN, 'rb') as file:
             return file.read()
 
+
+class RealInstall(Installed):
     def test_copied_beside_the_playbook(self):
         book = THREE_TASKS.replace('STRATEGY', 'strategy: mitogen_single')
         self.assert_at_work(self.run_ours(
@@ -1676,6 +1678,137 @@ class RealInstall(Real):
         self.assertEqual(play.rc, 0, play.tail())
         self.assertIn('stock', play.out)
         self.assertEqual(play.left_behind(), [])
+
+TWO_PLAYS = '''
+- {hosts: all, gather_facts: false, strategy: FIRST, tasks: [{name: first, command: echo one}]}
+- {hosts: all, gather_facts: false, strategy: SECOND, tasks: [{name: last, command: echo two}]}
+'''
+# As Mitogen's own does: made by somebody else, from a stock one that it asks Ansible for.
+FOREIGN_STRATEGY = '''
+    from ansible.plugins.loader import strategy_loader
+    Linear = strategy_loader.get('linear', class_only=True)
+    class StrategyModule(Linear):
+        def run(self, *args):
+            return super().run(*args)
+'''
+
+
+class RealDirectories(Installed):
+    """The same file in directories of other plugins: at work under the stock strategies, without a word."""
+
+    every_core = True
+
+    def assert_silent(self, play):
+        self.assertNotIn('DEPRECAT', play.out + play.err)
+        self.assertNotIn('mitogen_single', play.out + play.err)
+
+    def test_playbook(self):
+        for kind in ('callback', 'vars', 'connection', 'become', 'shell'):
+            with self.subTest(kind):
+                play = self.run_ours(TWO_PLAYS.replace('FIRST', 'linear').replace('SECOND', 'ansible.builtin.free'),
+                                     env=NO_STRATEGY, files={kind + '_plugins/mitogen_single.py': self.source()})
+                self.assert_at_work(play)
+                self.assert_silent(play)
+
+    def test_ad_hoc_and_console(self):
+        for kind in ('callback', 'vars'):
+            where = {'ANSIBLE_%s_PLUGINS' % kind.upper(): 'somewhere', 'ANSIBLE_CALLBACKS_ENABLED': None, **NO_STRATEGY}
+            for program, args, stdin in (('ansible', ['all', '-m', 'command', '-a', 'echo done'], ''),
+                                         ('ansible-console', ['all'], 'command echo again\ncommand echo done\n')):
+                with self.subTest(kind=kind, program=program):
+                    play = self.run_ours(None, program=program, args=args, stdin=stdin, env=where,
+                                         files={'somewhere/mitogen_single.py': self.source()})
+                    self.assertIn('done', play.out, play.tail())
+                    self.assertEqual(dict(play.sessions()), {LAB.login: 1})
+                    self.assert_silent(play)
+
+    def test_collection(self):
+        for kind, env in (('strategy', {'ANSIBLE_STRATEGY': 'acme.fast.mitogen_single'}),
+                          ('callback', {'ANSIBLE_CALLBACKS_ENABLED': 'acme.fast.mitogen_single, msrecord'}),
+                          ('vars', {'ANSIBLE_VARS_ENABLED': 'host_group_vars, acme.fast.mitogen_single'})):
+            with self.subTest(kind):
+                place = 'collections/ansible_collections/acme/fast/plugins/%s/mitogen_single.py' % kind
+                self.assert_at_work(self.run_ours(THREE_TASKS.replace('STRATEGY', ''), env=dict(NO_STRATEGY, **env),
+                                                  files={place: self.source()}))
+
+    def test_several_at_once(self):
+        """Another version, in a directory that is read later, leaves the work to the first, and says so."""
+        files = {'callback_plugins/mitogen_single.py': self.source(), 'vars_plugins/some_name.py': self.source(),
+                 'strategy_plugins/mitogen_free.py': self.source().replace(b"__version__ = '", b"__version__ = '9")}
+        play = self.run_ours(TWO_PLAYS.replace('FIRST', 'linear').replace('SECOND', 'mitogen_free'),
+                             env=NO_STRATEGY, files=files)
+        self.assert_at_work(play)
+        self.assertRegex(re.sub(r'\s+', ' ', play.err), 'mitogen_free.py is not used')
+
+    def test_beside_others(self):
+        """A play of another strategy plugin is not ours; and Ansible says of both once what it says of each."""
+        play = self.run_ours(TWO_PLAYS.replace('FIRST', 'mitogen_single').replace('SECOND', 'foreign'),
+                             env={'ANSIBLE_STRATEGY': None, 'ANSIBLE_VARS_PLUGINS': 'more'},
+                             files={'strategy_plugins/foreign.py': FOREIGN_STRATEGY,
+                                    'more/mitogen_single.py': self.source()})
+        self.assertEqual(play.rc, 0, play.tail())
+        self.assertEqual(dict(play.logins()), {LAB.login: 2})
+        expected = int(by_version([self.core, '2.19'])[0] == '2.19')
+        self.assertEqual((play.out + play.err).count('Use of strategy plugins not included'), expected, play.tail())
+
+    def test_documentation(self):
+        names = ('mitogen_single', 'mitogen_single_free', 'mitogen_linear', 'mitogen')
+        play = self.new(self.plugin, None, program='ansible-doc', args=['-t', 'strategy', *names],
+                        env={'ANSIBLE_STRATEGY_PLUGINS': 'names'},
+                        files={'names/%s.py' % name: self.source() for name in names})
+        play.argv[1:3] = []
+        play.run()
+        self.assertEqual(play.rc, 0, play.tail())
+        self.assertEqual(play.out.count('MITOGEN_SINGLE_BOOT_TIMEOUT'), len(names), play.tail())
+
+
+SETTINGS = '''
+- hosts: all
+  gather_facts: false
+  vars: {mitogen_ssh_keepalive_count: "{{ 3 - 1 }}"}
+  tasks:
+    - {name: first, command: echo one}
+    - {name: last, command: echo two}
+'''
+
+
+class RealSettings(Installed):
+    def test_for_ssh(self):
+        """By environment, ansible.cfg and variables of Mitogen's; t2 has one of its own."""
+        log = '#!/bin/sh\nprintf "%%s " "$@" >> %s/args; echo >> %s/args; exec ssh "$@"\n'
+        hosts = {'t1': {}, 't2': {'ansible_host': '127.0.0.2', 'mitogen_single_ssh_compression': False}}
+        for host in hosts.values():
+            host['ansible_ssh_executable'] = './ssh.sh'
+        play = self.new(self.plugin, SETTINGS, hosts=hosts, env={'MITOGEN_SINGLE_SSH_COMPRESSION': 'yes'},
+                        files={'ansible.cfg': '[mitogen_single]\nssh_keepalive_interval = 17\n'})
+        play.write_files({'ssh.sh': log % (play.dir, play.dir)})
+        self.assertEqual(play.run().rc, 0, play.tail())
+        with open(os.path.join(play.dir, 'args')) as file:
+            lines = sorted(file, key=lambda line: '@127.0.0.2' in line or ' 127.0.0.2 ' in line)
+        for line, compression in zip(lines, ('yes', 'no'), strict=True):
+            for option in ('Compression=' + compression, 'ServerAliveInterval=17', 'ServerAliveCountMax=2'):
+                self.assertIn('-o %s ' % option, line)
+
+    def test_disabled(self):
+        """For one host, by a template; for one task; for all."""
+        hosts = many_hosts(2)
+        hosts['t2']['mitogen_single_enabled'] = '{{ 1 == 2 }}'
+        play = self.run_ours(SETTINGS, hosts=hosts)
+        self.assertEqual(play.rc, 0, play.tail())
+        self.assertGreater(play.sessions()[LAB.login], 2)
+        play = self.run_ours(THREE_TASKS.replace('STRATEGY', '') + '      vars: {mitogen_single_enabled: false}\n')
+        self.assertEqual(play.status('last'), 'ok', play.tail())
+        self.assertGreater(play.sessions()[LAB.login], 1)
+        play = self.run_ours(THREE_TASKS.replace('STRATEGY', ''), env={'MITOGEN_SINGLE_ENABLED': '0'})
+        self.assertEqual(play.status('last'), 'ok', play.tail())
+        self.assertGreater(play.sessions()[LAB.login], 3)
+
+    def test_bad_value(self):
+        for name in ('STRATEGY', 'BOOT_TIMEOUT', 'WORKERS'):
+            with self.subTest(name):
+                play = self.run_ours(THREE_TASKS.replace('STRATEGY', ''), env={'MITOGEN_SINGLE_' + name: 'nonsense'})
+                self.assertNotEqual(play.rc, 0, play.tail())
+                self.assertIn('nonsense', play.out + play.err)
 
 
 # 10 SSH ##########################################################################################
