@@ -1,6 +1,6 @@
 """mitogen_single: makes Ansible several times faster. One file, no dependency but Ansible.
 
-Copy it into a strategy_plugins directory and set ANSIBLE_STRATEGY=mitogen_single. Playbooks stay as they are.
+Copy it into a callback_plugins directory, beside the playbook or as ansible.cfg says. Playbooks stay as they are.
 
 0 THE MAP
 
@@ -34,7 +34,7 @@ Where does my line go?
 
     §  section          what lives there
     1  FACE             version, documentation, tunables
-    2  STRATEGY         StrategyModule
+    2  STRATEGY         how Ansible, wherever it finds this file, comes to run plays our way
     3  PATCHES          the table of what we change in Ansible
     4  WORKERS          the broker is there before the first worker is
     5  CONNECTION       exec_command, put_file, fetch_file, reset

@@ -3381,6 +3381,168 @@ class RealControl(Real):
                      files={'f': 'in a file\n'})
 
 
+class Everywhere(Engine):
+    """The plugin among vars plugins: it serves whatever strategy a play names."""
+
+    def environment(self):
+        place = LAB.path('everywhere')
+        os.makedirs(place, exist_ok=True)
+        if not os.path.exists(place + '/mitogen_single.py'):
+            os.symlink(PLUGIN, place + '/mitogen_single.py')
+        return {'ANSIBLE_VARS_PLUGINS': place}
+
+
+TURNS = '''
+- hosts: all
+  gather_facts: false
+  strategy: STRATEGY
+  serial: [1, 2]
+  handlers:
+    - {name: tell, command: "echo told {{ inventory_hostname }}"}
+  tasks:
+    - {name: one, command: "echo {{ inventory_hostname }}", notify: tell}
+    - {name: throttled, command: "echo {{ item }}", loop: [1, 2], throttle: 1}
+    - {name: skipped by some, debug: {msg: only one}, when: inventory_hostname == 't2'}
+    - block:
+        - {name: fails on one, command: "test {{ inventory_hostname }} != t3"}
+      rescue:
+        - {name: rescued, command: echo rescued}
+      always:
+        - {name: always, set_fact: {seen: "{{ inventory_hostname }}"}}
+    - include_tasks: more.yml
+    - {name: once, command: hostname, run_once: true}
+    - meta: flush_handlers
+    - {name: ends for one, meta: end_host, when: inventory_hostname == 't3'}
+    - {name: last, debug: {var: seen}}
+'''
+NAMES = {'mitogen_single': 'linear', 'mitogen_single_linear': 'linear', 'mitogen_single_free': 'free',
+         'mitogen_single_host_pinned': 'host_pinned', 'mitogen_single_debug': 'debug', 'mitogen': 'linear',
+         'mitogen_linear': 'linear', 'mitogen_free': 'free', 'mitogen_host_pinned': 'host_pinned'}
+
+
+def plays(strategies, extra=''):
+    """A play for each: the number of times that a task is said to start, and with one fork the order, tell them apart."""
+    return ''.join('- hosts: all\n  gather_facts: false\n  strategy: %s\n%s  tasks:\n'
+                   '    - {name: a, command: echo a}\n    - {name: b, debug: {msg: b}}\n' % (name, extra)
+                   for name in strategies)
+
+
+VOLATILE_TEXT = (r'\d+:\d\d:\d\d[.\d]*|\d+\.\d+s?|\d+ seconds|\w+day \d\d \w+ \d{4}|[0-9a-f]{8}(-[0-9a-f]+){4}|'
+                 r'time(stamp)?="[^"]*"')
+
+
+class RealStrategies(Real):
+    """Those of Ansible's own, under their names and those of this file, with all that they print."""
+
+    every_core = True
+
+    @classmethod
+    def setUpClass(cls):
+        super().setUpClass()
+        cls.by_name = cls.plugin
+        if cls.ours:
+            cls.plugin = Everywhere('plugin', cls.core)
+
+    def assert_same(self, stock, ours, without=()):
+        """With several forks it is chance whose task a strategy other than linear starts first."""
+        expected, got = story(stock, without), story(ours, without)
+        for told in (expected, got):
+            told['all'] = sorted(told.get('all', []), key=str)
+        self.assertEqual(differences(expected, got), [], ours.tail())
+        self.assertEqual(stock.rc, ours.rc, ours.tail())
+
+    def assert_same_text(self, stock, ours):
+        """What a user sees, to the letter."""
+        for name in ('out', 'err'):
+            texts = [normal(getattr(play, name), play) for play in (stock, ours)]
+            self.assertEqual(*[re.sub(VOLATILE_TEXT, 'N', text) for text in texts])
+
+    def test_in_turns(self):
+        for strategy in ('linear', 'free', 'host_pinned'):
+            with self.subTest(strategy):
+                self.compare(TURNS.replace('STRATEGY', strategy), hosts=many_hosts(3), logins={LAB.login: 3},
+                             files={'more.yml': '- {name: included, command: echo included}\n'}, pipelining=True)
+
+    def test_by_name(self):
+        """One playbook, a play for each name, one connection for all of them."""
+        stock = self.new(self.stock, plays(NAMES.values()), hosts=many_hosts(2), args=['-f', '1'],
+                         env={'ANSIBLE_PIPELINING': '1'}).run()
+        ours = self.new(self.by_name, plays(NAMES), hosts=many_hosts(2), args=['-f', '1'],
+                        env={'ANSIBLE_STRATEGY_PLUGINS': 'names'} if self.ours else {})
+        os.mkdir(os.path.join(ours.dir, 'names'))
+        for name in NAMES if self.ours else ():
+            os.symlink(PLUGIN, os.path.join(ours.dir, 'names', name + '.py'))
+        if not self.ours:
+            ours.write_files({'play.yml': plays(NAMES.values())})
+        ours.run()
+        self.assertEqual(stock.rc, 0, stock.tail())
+        self.assertEqual(differences(story(stock), story(ours)), [], ours.tail())
+        self.assert_counts(ours, {LAB.login: 2}, None)
+
+    @newest
+    def test_by_setting(self):
+        """By a variable, and by the environment where there is none."""
+        self.needs_plugin()
+        stock = self.new(self.stock, plays(['host_pinned', 'free']), hosts=many_hosts(2), args=['-f', '1']).run()
+        book = (plays(['mitogen_single'], '  vars: {mitogen_single_strategy: "{{ wish }}"}\n') +
+                plays(['mitogen_single']))
+        ours = self.new(self.by_name, book, hosts=many_hosts(2), args=['-f', '1', '-e', 'wish=host_pinned'],
+                        env={'MITOGEN_SINGLE_STRATEGY': 'free'}).run()
+        self.assertEqual(differences(story(stock), story(ours)), [], ours.tail())
+        self.assert_counts(ours, {LAB.login: 2}, None)
+
+    def test_debugger(self):
+        """The debug strategy, and the keyword of a task: look, mend, try again, go on."""
+        book = tasks('{name: bad, command: "test {{ x }} = y", vars: {x: n}}',
+                                 '{name: worse, command: /bin/false, debugger: always, ignore_errors: true}')
+        for env, stdin in (({'ANSIBLE_STRATEGY': 'debug'},
+                            'p task_vars["x"]\ntask_vars["x"] = "y"\nupdate_task\nredo\np result._host\nc\n'),
+                           ({'ANSIBLE_ENABLE_TASK_DEBUGGER': '1'}, 'p host\nc\nc\n'),
+                           ({'ANSIBLE_ENABLE_TASK_DEBUGGER': '1'}, 'q\n')):
+            with self.subTest(env=env, stdin=stdin):
+                stock, ours = (self.new(engine, book, env=env, stdin=stdin).run() for engine in (self.stock, self.plugin))
+                self.assert_same(stock, ours)
+                self.assert_same_text(stock, ours)
+                self.assertIn('[t1] TASK: bad (debug)>', ours.out)
+
+    @newest
+    def test_step(self):
+        for answers in ('y\nn\ny\n', 'n\nc\n'):
+            stock, ours = self.compare(tasks('{name: a, command: echo a}', '{name: b, command: echo b}',
+                                             '{name: c, debug: {msg: c}}'), args=['--step'], stdin=answers)
+            self.assert_same_text(stock, ours)
+
+    @newest
+    def test_start_at_task(self):
+        for strategy in ('linear', 'free'):
+            self.compare(plays([strategy]), args=['--start-at-task', 'b'], hosts=many_hosts(2))
+
+    def test_callbacks(self):
+        """Who writes the output, and who writes along."""
+        self.needs_collections()
+        book = tasks('{name: good, command: echo good}', '{name: loop, debug: {msg: "{{ item }}"}, loop: [1, 2]}',
+                     '{name: bad, command: /bin/false, ignore_errors: true}', '{name: secret, command: id, no_log: true}')
+        enabled = 'msrecord,ansible.builtin.junit,ansible.posix.timer,ansible.posix.profile_tasks'
+        for env in ({'ANSIBLE_STDOUT_CALLBACK': 'ansible.posix.json'}, {'ANSIBLE_STDOUT_CALLBACK': 'minimal'},
+                    {'ANSIBLE_STDOUT_CALLBACK': 'oneline'}, {'ANSIBLE_CALLBACKS_ENABLED': enabled,
+                                                             'PROFILE_TASKS_SORT_ORDER': 'none',
+                                                             'JUNIT_OUTPUT_DIR': 'junit'}):
+            with self.subTest(env=env):
+                stock, ours = self.compare(book, env=env, pipelining=True)
+                self.assert_same_text(stock, ours)
+        reports = [glob.glob(play.dir + '/junit/*.xml') for play in (stock, ours)]
+        self.assertEqual([len(found) for found in reports], [1, 1])
+        texts = []
+        for play, (path,) in zip((stock, ours), reports):
+            with open(path) as file:
+                texts.append(re.sub(VOLATILE_TEXT, 'N', normal(file.read(), play)))
+        self.assertEqual(*texts)
+
+    def needs_collections(self):
+        if not collections_path():
+            self.skipTest('no collections: PyPI is out of reach')
+
+
 # 16 FAILURES ####################################################################################
 
 GO_ON = '''
