@@ -1,6 +1,6 @@
 """mitogen_single: makes Ansible several times faster. One file, no dependency but Ansible.
 
-Copy it into a strategy_plugins directory and set ANSIBLE_STRATEGY=mitogen_single. Playbooks stay as they are.
+Copy it into a callback_plugins directory, beside the playbook or as ansible.cfg says. Playbooks stay as they are.
 
 0 THE MAP
 
@@ -34,7 +34,7 @@ Where does my line go?
 
     §  section          what lives there
     1  FACE             version, documentation, tunables
-    2  STRATEGY         StrategyModule
+    2  STRATEGY         how Ansible, wherever it finds this file, comes to run plays our way
     3  PATCHES          the table of what we change in Ansible
     4  WORKERS          the broker is there before the first worker is
     5  CONNECTION       exec_command, put_file, fetch_file, reset
@@ -108,42 +108,56 @@ try:
     from ansible.plugins import action as action_plugins
     from ansible.plugins import strategy as strategy_plugins
     from ansible.plugins.action import copy as copy_action, fetch as fetch_action
+    from ansible.plugins.callback import CallbackBase
     from ansible.plugins.connection import ConnectionBase, local as local_plugin
     from ansible.plugins.connection import ssh as ssh_plugin
     from ansible.plugins.loader import (action_loader, become_loader, connection_loader, module_loader,
-                                        module_utils_loader, shell_loader)
-    from ansible.plugins.strategy import free as free_strategy
-    from ansible.plugins.strategy.linear import StrategyModule as LinearStrategy
+                                        module_utils_loader, shell_loader, strategy_loader)
+    from ansible.plugins.strategy import StrategyBase
+    from ansible.plugins.vars import BaseVarsPlugin
+    from ansible.template import Templar
     from ansible.utils.collection_loader import _collection_finder
     from ansible.utils.display import Display
     display = Display()
 except ImportError:
     if __name__ != '__main__':
         raise
-    ConnectionBase = LinearStrategy = object        # a script on a machine without Ansible: only §11 works
+    # A script on a machine without Ansible: only §11 works.
+    CallbackBase = ConnectionBase = StrategyBase = BaseVarsPlugin = object
 
 __version__ = '0.1.0'
-STRATEGY_NAME = __name__.rpartition('.')[2]       # under which Ansible knows our options
 
 DOCUMENTATION = """
     name: mitogen_single
-    short_description: Runs tasks as the linear strategy does, several times faster
+    type: notification
+    short_description: Runs tasks several times faster
     description:
-        - Tasks are executed in lockstep per batch of hosts, exactly as with P(ansible.builtin.linear#strategy).
         - Modules run in a persistent Python process per host and account, reached over one SSH connection and one
           become, which keeps their sources in memory.
+        - The order in which hosts and tasks take turns is that of Ansible's own strategies.
+        - In a directory of callback or vars plugins the file serves every play. Among strategy plugins it serves the
+          plays that name it, be it C(mitogen_single), C(mitogen_single_free), C(mitogen_linear) or what else it is
+          called there.
         - Connections that it cannot carry are left to the stock plugins.
     author: the mitogen_single authors
     version_added: historical
     options:
-        boot_timeout:
+        enabled:
+            description: V(false) leaves everything, or the hosts and tasks that have the variable, to stock Ansible.
+            type: bool
+            default: true
+            env: [{name: MITOGEN_SINGLE_ENABLED}]
+            ini: [{section: mitogen_single, key: enabled}]
+            vars: [{name: mitogen_single_enabled}]
+        strategy:
             description:
-                - Seconds that a remote login or a become may be silent before the task fails,
-                  where the connection's own O(ignore:timeout) is shorter.
-            type: int
-            default: 60
-            env: [{name: MITOGEN_SINGLE_BOOT_TIMEOUT}]
-            ini: [{section: mitogen_single, key: boot_timeout}]
+                - The strategy of Ansible's own that a play with C(strategy=mitogen_single) follows. A file whose name
+                  ends in the name of one follows that one.
+            choices: [linear, free, host_pinned, debug]
+            default: linear
+            env: [{name: MITOGEN_SINGLE_STRATEGY}]
+            ini: [{section: mitogen_single, key: strategy}]
+            vars: [{name: mitogen_single_strategy}]
         workers:
             description:
                 - V(auto) runs each task in a thread where that is known to be safe, and in a forked process where it is
@@ -152,29 +166,147 @@ DOCUMENTATION = """
             default: auto
             env: [{name: MITOGEN_SINGLE_WORKERS}]
             ini: [{section: mitogen_single, key: workers}]
+        boot_timeout:
+            description:
+                - Seconds that a remote login or a become may be silent before the task fails,
+                  where the connection's own O(ignore:timeout) is shorter.
+            type: int
+            default: 60
+            env: [{name: MITOGEN_SINGLE_BOOT_TIMEOUT}]
+            ini: [{section: mitogen_single, key: boot_timeout}]
+            vars: [{name: mitogen_single_boot_timeout}]
+        ssh_compression:
+            description: Whether ssh compresses. Without it, what O(ignore:ssh_args) says holds.
+            type: bool
+            env: [{name: MITOGEN_SINGLE_SSH_COMPRESSION}]
+            ini: [{section: mitogen_single, key: ssh_compression}]
+            vars: [{name: mitogen_single_ssh_compression}, {name: mitogen_ssh_compression}]
+        ssh_keepalive_interval:
+            description: Seconds of silence after which ssh asks whether the host is still there.
+            type: int
+            env: [{name: MITOGEN_SINGLE_SSH_KEEPALIVE_INTERVAL}]
+            ini: [{section: mitogen_single, key: ssh_keepalive_interval}]
+            vars: [{name: mitogen_single_ssh_keepalive_interval}, {name: mitogen_ssh_keepalive_interval}]
+        ssh_keepalive_count:
+            description: How often in a row it asks before it gives up.
+            type: int
+            env: [{name: MITOGEN_SINGLE_SSH_KEEPALIVE_COUNT}]
+            ini: [{section: mitogen_single, key: ssh_keepalive_count}]
+            vars: [{name: mitogen_single_ssh_keepalive_count}, {name: mitogen_ssh_keepalive_count}]
 """
 
 
-# One of the options above. Ansible reads the documentation of a strategy only for ansible-doc, so it is told here.
-def setting(name):
-    if not C.config.get_configuration_definitions('strategy', STRATEGY_NAME):
-        C.config.initialize_plugin_configuration_definitions('strategy', STRATEGY_NAME,
-                                                             yaml_load(DOCUMENTATION)['options'])
-    return C.config.get_config_value(name, plugin_type='strategy', plugin_name=STRATEGY_NAME)
+# One of the options above.
+def setting(name, variables=None):
+    settings()
+    return C.config.get_config_value(name, plugin_type='strategy', plugin_name='mitogen_single', variables=variables)
+
+
+# They are a strategy's, wherever this file lies. Ansible reads the documentation of a strategy only for ansible-doc, so
+# it is told here.
+def settings():
+    known = C.config.get_configuration_definitions('strategy', 'mitogen_single')
+    if not known:
+        known = yaml_load(DOCUMENTATION)['options']
+        C.config.initialize_plugin_configuration_definitions('strategy', 'mitogen_single', known)
+    return known
+
+
+# Those that may differ from host to host become options of its connection plugin too: Ansible collects and templates
+# the variables of these for every task.
+@functools.lru_cache(maxsize=None)
+def add_host_settings(plugin):
+    known = dict(C.config.get_configuration_definitions('connection', plugin))
+    known.update(('mitogen_single_' + name, definition) for name, definition in settings().items()
+                 if 'vars' in definition and name != 'strategy')
+    C.config.initialize_plugin_configuration_definitions('connection', plugin, known)
 
 
 # 2 STRATEGY ##########################################################################################################
+# How Ansible comes to run plays our way. Before its first play it imports whatever lies in its directories of callback
+# and of vars plugins; ansible-playbook those of connection, become and shell plugins as well. That is all that we need:
+# from then on a stock strategy is handed out with a run() of ours around its own. Where this file is a strategy plugin
+# itself, it turns into a stock one, for the plays that ask for it.
 
 
-class StrategyModule(LinearStrategy):
+# Takes the place of strategy_loader.get. Strategies of other people's run as they are.
+def carried_strategy(name, *args, **kwargs):
+    if not setting('enabled'):
+        return stock_strategy(name, *args, **kwargs)
+    with patched():         # the thread that reads results starts here
+        strategy = stock_strategy(name, *args, **kwargs)
+    run = getattr(type(strategy), 'run', None)
+    if run and os.path.dirname(inspect.getfile(run)) == os.path.dirname(strategy_plugins.__file__):
+        strategy.run = functools.partial(run_carried, strategy.run)
+    return strategy
+
+
+def stock_strategy(name, *args, **kwargs):
+    return type(strategy_loader).get(strategy_loader, name, *args, **kwargs)
+
+
+# Ansible may have loaded a strategy under another name than `import` does: what sleeps there is found by its function.
+def run_carried(run, *args):
+    module = sys.modules[run.__module__]
+    sleeping = [(module, 'time', with_sleep_until_news)] if hasattr(module, 'time') else []
+    with patched(*sleeping), baton:
+        return run(*args)
+
+
+class StrategyModule(StrategyBase):
     def __init__(self, tqm):
-        with patched():         # the thread that reads results starts here
-            super().__init__(tqm)
+        self.tqm = tqm
 
-    def run(self, iterator, play_context, *args):
-        iterator._play.strategy = 'linear'      # which is what Ansible must take us for: its debugger asks
-        with patched(), baton:
-            return super().run(iterator, play_context, *args)
+    # Which strategy is wanted may stand in the play's variables, which only now are there. From here on this object is
+    # one of that kind, and shares its state: Ansible goes on to ask it for more than run().
+    def run(self, iterator, *args):
+        name = iterator._play.strategy = strategy_name(self.tqm, iterator._play)    # callbacks and the debugger ask
+        strategy = at_work.carried_strategy('ansible.builtin.' + name, self.tqm)
+        self.__class__, self.__dict__ = type(strategy), vars(strategy)
+        return self.run(iterator, *args)
+
+    # If it did not get that far.
+    def cleanup(self):
+        pass
+
+
+def strategy_name(tqm, play):
+    named = re.search('(linear|free|host_pinned|debug)$', __name__)
+    if named:
+        return named.group()
+    variables = tqm.get_variable_manager().get_vars(play=play)
+    variable = 'mitogen_single_strategy'
+    wanted = Templar(loader=tqm.get_loader(), variables=variables).template(variables.get(variable))
+    return setting('strategy', {variable: wanted})
+
+
+# What Ansible looks for in a plugin of each of the other kinds. None of them does anything.
+class CallbackModule(CallbackBase):
+    CALLBACK_TYPE = 'notification'
+
+
+class VarsModule(BaseVarsPlugin):
+    is_stateless = True
+
+    def get_vars(self, loader, path, entities):
+        return {}
+
+
+class Connection:
+    COMPATIBLE_SHELLS = ()
+
+
+BecomeModule = ShellModule = Connection
+
+# Of several copies of this file, under whatever names, the first to be loaded does the work of all: each would start a
+# broker of its own, with connections of its own.
+if __name__ != '__main__':
+    at_work = sys.modules.setdefault('mitogen_single', sys.modules[__name__])
+    if at_work.__version__ != __version__:
+        display.warning('%s is not used, version %s of it is at work: %s'
+                        % (__file__, at_work.__version__, at_work.__file__))
+    if '.plugins.strategy.' not in __name__:
+        strategy_loader.get = at_work.carried_strategy
 
 
 # 3 PATCHES ###########################################################################################################
@@ -192,7 +324,6 @@ def patches():
         (strategy_plugins, 'WorkerProcess', choosing_worker),
         (strategy_plugins, 'results_thread_main', reading_results_in_turn),
         (strategy_plugins, 'time', with_sleep_until_news),
-        (free_strategy, 'time', with_sleep_until_news),
         (task_executor, 'time', with_sleep_in_turn),
         (copy_action, 'checksum', hashing_in_turn),
         *[(fetch_action, name, hashing_in_turn) for name in ('checksum', 'md5', 'secure_hash')],
@@ -217,16 +348,26 @@ def patches():
     )
 
 
+_in_place = []          # (owner, name) of what is patched now
+
+
+# A strategy of somebody else's may ask for a stock one while it is made itself: what is in place stays.
 @contextlib.contextmanager
-def patched():
-    missing = [name for owner, name, _ in patches() if not hasattr(owner, name)]
+def patched(*more):
+    rows = [row for row in patches() + more if row[:2] not in _in_place]
+    missing = [name for owner, name, _ in rows if not hasattr(owner, name)]
     if missing:
         display.warning('mitogen_single does not know this version of Ansible (no %s): this play runs without it'
                         % ', '.join(missing))
         yield
         return
-    with replaced(patches()):
-        yield
+    before = _in_place[:]
+    _in_place.extend(row[:2] for row in rows)
+    try:
+        with replaced(rows):
+            yield
+    finally:
+        _in_place[:] = before
 
 
 @contextlib.contextmanager
@@ -287,7 +428,7 @@ def choosing_worker(stock):
 def why_fork(given):
     task, variables = given['task'], given['task_vars']
     connection = variables.get('ansible_connection') or task.connection
-    if setting('workers') == 'fork':
+    if setting('workers') == 'fork' or variables.get('mitogen_single_enabled', True) is not True:
         return 'it was asked for'
     if not keeps_apart(variables):
         return 'it is to keep the terminal'
@@ -349,6 +490,7 @@ class WorkerThread(threading.Thread):
     def __init__(self, stock):
         super().__init__(daemon=True)
         self.stock = stock
+        self._task = stock._task
         self.worker_id = stock.worker_id
         self.outside = Outside(stock)
         self.client = None
@@ -855,6 +997,7 @@ def adopt(connection):
     stock = type(connection)
     if not (issubclass(stock, AgentConnection) or getattr(connection, '_remote_is_local', False)
             or getattr(connection._shell, 'SHELL_FAMILY', '') == 'powershell'):
+        add_host_settings(connection._load_name)
         connection.__class__ = agent_class(stock)
 
 
@@ -929,14 +1072,26 @@ class AgentConnection(ConnectionBase):
     # does not need, and no compression of what we have compressed already.
     def agent_argv(self, command):
         options = dict(password_mechanism='disable')
-        if compresses(self):
-            options['ssh_args'] = '-o Compression=no'
+        if self.transport == 'ssh':
+            options['ssh_args'] = ssh_settings(self)
         return caught(self, super().exec_command, command, options)
 
 
 # Whether it is for us to compress what shrinks. Who sets ssh_args decides that, too.
 def compresses(connection):
-    return connection.transport == 'ssh' and connection._options.get('ssh_args') == default_ssh_args()
+    options = connection._options
+    return (connection.transport == 'ssh' and options.get('ssh_args') == default_ssh_args()
+            and not options.get('mitogen_single_ssh_compression'))
+
+
+# With ssh the first word on a matter counts.
+def ssh_settings(connection):
+    options = connection._options
+    compression = {True: 'yes', False: 'no', None: None}[options['mitogen_single_ssh_compression']]
+    wanted = (('Compression', compression), ('ServerAliveInterval', options['mitogen_single_ssh_keepalive_interval']),
+              ('ServerAliveCountMax', options['mitogen_single_ssh_keepalive_count']))
+    words = ['-o %s=%s' % (name, value) for name, value in wanted if value is not None]
+    return ' '.join(words + ['-o Compression=no' if compresses(connection) else options['ssh_args'] or ''])
 
 
 @functools.lru_cache(maxsize=None)
@@ -946,7 +1101,7 @@ def default_ssh_args():
 
 # Not with a tty under the data, which it would garble: stock Ansible gives up pipelining for the same reason.
 def is_carried(connection):
-    if not isinstance(connection, AgentConnection):
+    if not isinstance(connection, AgentConnection) or not connection._options.get('mitogen_single_enabled', True):
         return False
     if connection._wants_tty is None:
         connection._wants_tty = getattr(connection, '_is_tty_requested', bool)()
@@ -1004,7 +1159,7 @@ class Carrier:
                                    self.shell, self.silence, self.cwd)]
 
     def login(self):
-        return login_plan(self.connection, self.shell, max(self.silence, setting('boot_timeout')),
+        return login_plan(self.connection, self.shell, max(self.silence, self.option('mitogen_single_boot_timeout')),
                           identity_of(self.connection))
 
     # Stock ssh asks for a terminal for commands without input: sudo in a raw task may need one, and `ls` behaves.
@@ -2790,6 +2945,7 @@ def run_demo(argv, strategy, host):
     place = tempfile.mkdtemp(prefix='mitogen_single_', dir='/tmp')      # short: a ControlPath must fit into 104 bytes
     env = dict(os.environ, ANSIBLE_STRATEGY_PLUGINS=PLUGIN_FOLDER, ANSIBLE_STRATEGY=strategy, ANSIBLE_NOCOLOR='1',
                ANSIBLE_FORCE_COLOR='0', ANSIBLE_STDOUT_CALLBACK='default', ANSIBLE_SSH_CONTROL_PATH_DIR=place + '/cp',
+               MITOGEN_SINGLE_ENABLED=str(strategy == PLUGIN_NAME),
                PATH=place + ':' + os.environ.get('PATH', os.defpath))
     try:
         # ssh itself says at its end how many bytes it sent and received, when it is asked to.

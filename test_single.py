@@ -1583,7 +1583,7 @@ THREE_TASKS = '''
 NO_STRATEGY = {'ANSIBLE_STRATEGY': None, 'ANSIBLE_STRATEGY_PLUGINS': None}
 
 
-class RealInstall(Real):
+class Installed(Real):
     """Wherever the file lies, one connection and one command over it show that it is at work."""
 
     def setUp(self):
@@ -1599,6 +1599,8 @@ class RealInstall(Real):
         with open(PLUGIN, 'rb') as file:
             return file.read()
 
+
+class RealInstall(Installed):
     def test_copied_beside_the_playbook(self):
         book = THREE_TASKS.replace('STRATEGY', 'strategy: mitogen_single')
         self.assert_at_work(self.run_ours(
@@ -1676,6 +1678,137 @@ class RealInstall(Real):
         self.assertEqual(play.rc, 0, play.tail())
         self.assertIn('stock', play.out)
         self.assertEqual(play.left_behind(), [])
+
+TWO_PLAYS = '''
+- {hosts: all, gather_facts: false, strategy: FIRST, tasks: [{name: first, command: echo one}]}
+- {hosts: all, gather_facts: false, strategy: SECOND, tasks: [{name: last, command: echo two}]}
+'''
+# As Mitogen's own does: made by somebody else, from a stock one that it asks Ansible for.
+FOREIGN_STRATEGY = '''
+    from ansible.plugins.loader import strategy_loader
+    Linear = strategy_loader.get('linear', class_only=True)
+    class StrategyModule(Linear):
+        def run(self, *args):
+            return super().run(*args)
+'''
+
+
+class RealDirectories(Installed):
+    """The same file in directories of other plugins: at work under the stock strategies, without a word."""
+
+    every_core = True
+
+    def assert_silent(self, play):
+        self.assertNotIn('DEPRECAT', play.out + play.err)
+        self.assertNotIn('mitogen_single', play.out + play.err)
+
+    def test_playbook(self):
+        for kind in ('callback', 'vars', 'connection', 'become', 'shell'):
+            with self.subTest(kind):
+                play = self.run_ours(TWO_PLAYS.replace('FIRST', 'linear').replace('SECOND', 'ansible.builtin.free'),
+                                     env=NO_STRATEGY, files={kind + '_plugins/mitogen_single.py': self.source()})
+                self.assert_at_work(play)
+                self.assert_silent(play)
+
+    def test_ad_hoc_and_console(self):
+        for kind in ('callback', 'vars'):
+            where = {'ANSIBLE_%s_PLUGINS' % kind.upper(): 'somewhere', 'ANSIBLE_CALLBACKS_ENABLED': None, **NO_STRATEGY}
+            for program, args, stdin in (('ansible', ['all', '-m', 'command', '-a', 'echo done'], ''),
+                                         ('ansible-console', ['all'], 'command echo again\ncommand echo done\n')):
+                with self.subTest(kind=kind, program=program):
+                    play = self.run_ours(None, program=program, args=args, stdin=stdin, env=where,
+                                         files={'somewhere/mitogen_single.py': self.source()})
+                    self.assertIn('done', play.out, play.tail())
+                    self.assertEqual(dict(play.sessions()), {LAB.login: 1})
+                    self.assert_silent(play)
+
+    def test_collection(self):
+        for kind, env in (('strategy', {'ANSIBLE_STRATEGY': 'acme.fast.mitogen_single'}),
+                          ('callback', {'ANSIBLE_CALLBACKS_ENABLED': 'acme.fast.mitogen_single, msrecord'}),
+                          ('vars', {'ANSIBLE_VARS_ENABLED': 'host_group_vars, acme.fast.mitogen_single'})):
+            with self.subTest(kind):
+                place = 'collections/ansible_collections/acme/fast/plugins/%s/mitogen_single.py' % kind
+                self.assert_at_work(self.run_ours(THREE_TASKS.replace('STRATEGY', ''), env=dict(NO_STRATEGY, **env),
+                                                  files={place: self.source()}))
+
+    def test_several_at_once(self):
+        """Another version, in a directory that is read later, leaves the work to the first, and says so."""
+        files = {'callback_plugins/mitogen_single.py': self.source(), 'vars_plugins/some_name.py': self.source(),
+                 'strategy_plugins/mitogen_free.py': self.source().replace(b"__version__ = '", b"__version__ = '9")}
+        play = self.run_ours(TWO_PLAYS.replace('FIRST', 'linear').replace('SECOND', 'mitogen_free'),
+                             env=NO_STRATEGY, files=files)
+        self.assert_at_work(play)
+        self.assertRegex(re.sub(r'\s+', ' ', play.err), 'mitogen_free.py is not used')
+
+    def test_beside_others(self):
+        """A play of another strategy plugin is not ours; and Ansible says of both once what it says of each."""
+        play = self.run_ours(TWO_PLAYS.replace('FIRST', 'mitogen_single').replace('SECOND', 'foreign'),
+                             env={'ANSIBLE_STRATEGY': None, 'ANSIBLE_VARS_PLUGINS': 'more'},
+                             files={'strategy_plugins/foreign.py': FOREIGN_STRATEGY,
+                                    'more/mitogen_single.py': self.source()})
+        self.assertEqual(play.rc, 0, play.tail())
+        self.assertEqual(dict(play.logins()), {LAB.login: 2})
+        expected = int(by_version([self.core, '2.19'])[0] == '2.19')
+        self.assertEqual((play.out + play.err).count('Use of strategy plugins not included'), expected, play.tail())
+
+    def test_documentation(self):
+        names = ('mitogen_single', 'mitogen_single_free', 'mitogen_linear', 'mitogen')
+        play = self.new(self.plugin, None, program='ansible-doc', args=['-t', 'strategy', *names],
+                        env={'ANSIBLE_STRATEGY_PLUGINS': 'names'},
+                        files={'names/%s.py' % name: self.source() for name in names})
+        play.argv[1:3] = []
+        play.run()
+        self.assertEqual(play.rc, 0, play.tail())
+        self.assertEqual(play.out.count('MITOGEN_SINGLE_BOOT_TIMEOUT'), len(names), play.tail())
+
+
+SETTINGS = '''
+- hosts: all
+  gather_facts: false
+  vars: {mitogen_ssh_keepalive_count: "{{ 3 - 1 }}"}
+  tasks:
+    - {name: first, command: echo one}
+    - {name: last, command: echo two}
+'''
+
+
+class RealSettings(Installed):
+    def test_for_ssh(self):
+        """By environment, ansible.cfg and variables of Mitogen's; t2 has one of its own."""
+        log = '#!/bin/sh\nprintf "%%s " "$@" >> %s/args; echo >> %s/args; exec ssh "$@"\n'
+        hosts = {'t1': {}, 't2': {'ansible_host': '127.0.0.2', 'mitogen_single_ssh_compression': False}}
+        for host in hosts.values():
+            host['ansible_ssh_executable'] = './ssh.sh'
+        play = self.new(self.plugin, SETTINGS, hosts=hosts, env={'MITOGEN_SINGLE_SSH_COMPRESSION': 'yes'},
+                        files={'ansible.cfg': '[mitogen_single]\nssh_keepalive_interval = 17\n'})
+        play.write_files({'ssh.sh': log % (play.dir, play.dir)})
+        self.assertEqual(play.run().rc, 0, play.tail())
+        with open(os.path.join(play.dir, 'args')) as file:
+            lines = sorted(file, key=lambda line: '@127.0.0.2' in line or ' 127.0.0.2 ' in line)
+        for line, compression in zip(lines, ('yes', 'no'), strict=True):
+            for option in ('Compression=' + compression, 'ServerAliveInterval=17', 'ServerAliveCountMax=2'):
+                self.assertIn('-o %s ' % option, line)
+
+    def test_disabled(self):
+        """For one host, by a template; for one task; for all."""
+        hosts = many_hosts(2)
+        hosts['t2']['mitogen_single_enabled'] = '{{ 1 == 2 }}'
+        play = self.run_ours(SETTINGS, hosts=hosts)
+        self.assertEqual(play.rc, 0, play.tail())
+        self.assertGreater(play.sessions()[LAB.login], 2)
+        play = self.run_ours(THREE_TASKS.replace('STRATEGY', '') + '      vars: {mitogen_single_enabled: false}\n')
+        self.assertEqual(play.status('last'), 'ok', play.tail())
+        self.assertGreater(play.sessions()[LAB.login], 1)
+        play = self.run_ours(THREE_TASKS.replace('STRATEGY', ''), env={'MITOGEN_SINGLE_ENABLED': '0'})
+        self.assertEqual(play.status('last'), 'ok', play.tail())
+        self.assertGreater(play.sessions()[LAB.login], 3)
+
+    def test_bad_value(self):
+        for name in ('STRATEGY', 'BOOT_TIMEOUT', 'WORKERS'):
+            with self.subTest(name):
+                play = self.run_ours(THREE_TASKS.replace('STRATEGY', ''), env={'MITOGEN_SINGLE_' + name: 'nonsense'})
+                self.assertNotEqual(play.rc, 0, play.tail())
+                self.assertIn('nonsense', play.out + play.err)
 
 
 # 10 SSH ##########################################################################################
@@ -3246,6 +3379,168 @@ class RealControl(Real):
                            'command: "echo {{ lookup(\'env\', \'HOME\') | basename }}"',
                            'debug: {msg: "{{ query(\'lines\', \'cat f\') }}"}'),
                      files={'f': 'in a file\n'})
+
+
+class Everywhere(Engine):
+    """The plugin among vars plugins: it serves whatever strategy a play names."""
+
+    def environment(self):
+        place = LAB.path('everywhere')
+        os.makedirs(place, exist_ok=True)
+        if not os.path.exists(place + '/mitogen_single.py'):
+            os.symlink(PLUGIN, place + '/mitogen_single.py')
+        return {'ANSIBLE_VARS_PLUGINS': place}
+
+
+TURNS = '''
+- hosts: all
+  gather_facts: false
+  strategy: STRATEGY
+  serial: [1, 2]
+  handlers:
+    - {name: tell, command: "echo told {{ inventory_hostname }}"}
+  tasks:
+    - {name: one, command: "echo {{ inventory_hostname }}", notify: tell}
+    - {name: throttled, command: "echo {{ item }}", loop: [1, 2], throttle: 1}
+    - {name: skipped by some, debug: {msg: only one}, when: inventory_hostname == 't2'}
+    - block:
+        - {name: fails on one, command: "test {{ inventory_hostname }} != t3"}
+      rescue:
+        - {name: rescued, command: echo rescued}
+      always:
+        - {name: always, set_fact: {seen: "{{ inventory_hostname }}"}}
+    - include_tasks: more.yml
+    - {name: once, command: hostname, run_once: true}
+    - meta: flush_handlers
+    - {name: ends for one, meta: end_host, when: inventory_hostname == 't3'}
+    - {name: last, debug: {var: seen}}
+'''
+NAMES = {'mitogen_single': 'linear', 'mitogen_single_linear': 'linear', 'mitogen_single_free': 'free',
+         'mitogen_single_host_pinned': 'host_pinned', 'mitogen_single_debug': 'debug', 'mitogen': 'linear',
+         'mitogen_linear': 'linear', 'mitogen_free': 'free', 'mitogen_host_pinned': 'host_pinned'}
+
+
+def plays(strategies, extra=''):
+    """A play for each: the number of times that a task is said to start, and with one fork the order, tell them apart."""
+    return ''.join('- hosts: all\n  gather_facts: false\n  strategy: %s\n%s  tasks:\n'
+                   '    - {name: a, command: echo a}\n    - {name: b, debug: {msg: b}}\n' % (name, extra)
+                   for name in strategies)
+
+
+VOLATILE_TEXT = (r'\d+:\d\d:\d\d[.\d]*|\d+\.\d+s?|\d+ seconds|\w+day \d\d \w+ \d{4}|[0-9a-f]{8}(-[0-9a-f]+){4}|'
+                 r'time(stamp)?="[^"]*"')
+
+
+class RealStrategies(Real):
+    """Those of Ansible's own, under their names and those of this file, with all that they print."""
+
+    every_core = True
+
+    @classmethod
+    def setUpClass(cls):
+        super().setUpClass()
+        cls.by_name = cls.plugin
+        if cls.ours:
+            cls.plugin = Everywhere('plugin', cls.core)
+
+    def assert_same(self, stock, ours, without=()):
+        """With several forks it is chance whose task a strategy other than linear starts first."""
+        expected, got = story(stock, without), story(ours, without)
+        for told in (expected, got):
+            told['all'] = sorted(told.get('all', []), key=str)
+        self.assertEqual(differences(expected, got), [], ours.tail())
+        self.assertEqual(stock.rc, ours.rc, ours.tail())
+
+    def assert_same_text(self, stock, ours):
+        """What a user sees, to the letter."""
+        for name in ('out', 'err'):
+            texts = [normal(getattr(play, name), play) for play in (stock, ours)]
+            self.assertEqual(*[re.sub(VOLATILE_TEXT, 'N', text) for text in texts])
+
+    def test_in_turns(self):
+        for strategy in ('linear', 'free', 'host_pinned'):
+            with self.subTest(strategy):
+                self.compare(TURNS.replace('STRATEGY', strategy), hosts=many_hosts(3), logins={LAB.login: 3},
+                             files={'more.yml': '- {name: included, command: echo included}\n'}, pipelining=True)
+
+    def test_by_name(self):
+        """One playbook, a play for each name, one connection for all of them."""
+        stock = self.new(self.stock, plays(NAMES.values()), hosts=many_hosts(2), args=['-f', '1'],
+                         env={'ANSIBLE_PIPELINING': '1'}).run()
+        ours = self.new(self.by_name, plays(NAMES), hosts=many_hosts(2), args=['-f', '1'],
+                        env={'ANSIBLE_STRATEGY_PLUGINS': 'names'} if self.ours else {})
+        os.mkdir(os.path.join(ours.dir, 'names'))
+        for name in NAMES if self.ours else ():
+            os.symlink(PLUGIN, os.path.join(ours.dir, 'names', name + '.py'))
+        if not self.ours:
+            ours.write_files({'play.yml': plays(NAMES.values())})
+        ours.run()
+        self.assertEqual(stock.rc, 0, stock.tail())
+        self.assertEqual(differences(story(stock), story(ours)), [], ours.tail())
+        self.assert_counts(ours, {LAB.login: 2}, None)
+
+    @newest
+    def test_by_setting(self):
+        """By a variable, and by the environment where there is none."""
+        self.needs_plugin()
+        stock = self.new(self.stock, plays(['host_pinned', 'free']), hosts=many_hosts(2), args=['-f', '1']).run()
+        book = (plays(['mitogen_single'], '  vars: {mitogen_single_strategy: "{{ wish }}"}\n') +
+                plays(['mitogen_single']))
+        ours = self.new(self.by_name, book, hosts=many_hosts(2), args=['-f', '1', '-e', 'wish=host_pinned'],
+                        env={'MITOGEN_SINGLE_STRATEGY': 'free'}).run()
+        self.assertEqual(differences(story(stock), story(ours)), [], ours.tail())
+        self.assert_counts(ours, {LAB.login: 2}, None)
+
+    def test_debugger(self):
+        """The debug strategy, and the keyword of a task: look, mend, try again, go on."""
+        book = tasks('{name: bad, command: "test {{ x }} = y", vars: {x: n}}',
+                                 '{name: worse, command: /bin/false, debugger: always, ignore_errors: true}')
+        for env, stdin in (({'ANSIBLE_STRATEGY': 'debug'},
+                            'p task_vars["x"]\ntask_vars["x"] = "y"\nupdate_task\nredo\np result._host\nc\n'),
+                           ({'ANSIBLE_ENABLE_TASK_DEBUGGER': '1'}, 'p host\nc\nc\n'),
+                           ({'ANSIBLE_ENABLE_TASK_DEBUGGER': '1'}, 'q\n')):
+            with self.subTest(env=env, stdin=stdin):
+                stock, ours = (self.new(engine, book, env=env, stdin=stdin).run() for engine in (self.stock, self.plugin))
+                self.assert_same(stock, ours)
+                self.assert_same_text(stock, ours)
+                self.assertIn('[t1] TASK: bad (debug)>', ours.out)
+
+    @newest
+    def test_step(self):
+        for answers in ('y\nn\ny\n', 'n\nc\n'):
+            stock, ours = self.compare(tasks('{name: a, command: echo a}', '{name: b, command: echo b}',
+                                             '{name: c, debug: {msg: c}}'), args=['--step'], stdin=answers)
+            self.assert_same_text(stock, ours)
+
+    @newest
+    def test_start_at_task(self):
+        for strategy in ('linear', 'free'):
+            self.compare(plays([strategy]), args=['--start-at-task', 'b'], hosts=many_hosts(2))
+
+    def test_callbacks(self):
+        """Who writes the output, and who writes along."""
+        self.needs_collections()
+        book = tasks('{name: good, command: echo good}', '{name: loop, debug: {msg: "{{ item }}"}, loop: [1, 2]}',
+                     '{name: bad, command: /bin/false, ignore_errors: true}', '{name: secret, command: id, no_log: true}')
+        enabled = 'msrecord,ansible.builtin.junit,ansible.posix.timer,ansible.posix.profile_tasks'
+        for env in ({'ANSIBLE_STDOUT_CALLBACK': 'ansible.posix.json'}, {'ANSIBLE_STDOUT_CALLBACK': 'minimal'},
+                    {'ANSIBLE_STDOUT_CALLBACK': 'oneline'}, {'ANSIBLE_CALLBACKS_ENABLED': enabled,
+                                                             'PROFILE_TASKS_SORT_ORDER': 'none',
+                                                             'JUNIT_OUTPUT_DIR': 'junit'}):
+            with self.subTest(env=env):
+                stock, ours = self.compare(book, env=env, pipelining=True)
+                self.assert_same_text(stock, ours)
+        reports = [glob.glob(play.dir + '/junit/*.xml') for play in (stock, ours)]
+        self.assertEqual([len(found) for found in reports], [1, 1])
+        texts = []
+        for play, (path,) in zip((stock, ours), reports):
+            with open(path) as file:
+                texts.append(re.sub(VOLATILE_TEXT, 'N', normal(file.read(), play)))
+        self.assertEqual(*texts)
+
+    def needs_collections(self):
+        if not collections_path():
+            self.skipTest('no collections: PyPI is out of reach')
 
 
 # 16 FAILURES ####################################################################################
