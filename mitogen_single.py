@@ -867,7 +867,7 @@ def adopt(connection):
         return
     reason = why_stock(connection)
     if reason:
-        explain(connection, reason)
+        explain(connection, NoAgent(reason))
     else:
         connection.__class__ = agent_class(stock)
 
@@ -889,10 +889,10 @@ def starts_programs(plugin):
                for base in plugin.__mro__ for value in vars(sys.modules[base.__module__]).values())
 
 
-# Once for each host and reason, whichever of the workers comes across it first.
+# Once for each host and step, whichever of the workers comes across it first.
 def explain(connection, reason):
     host = connection._play_context.remote_addr
-    if display.verbosity and client().is_first('%s: %s' % (host, reason)):
+    if display.verbosity and client().is_first('%s: %s' % (host, reason.step)):
         display.v('stock Ansible runs this, there is no agent: %s' % reason, host=host)
 
 
@@ -1068,9 +1068,9 @@ class Carrier:
                                    self.shell, self.silence, self.cwd)]
 
     def login(self):
-        is_ssh = isinstance(self.connection, ssh_plugin.Connection)     # which says itself when there is no way
+        is_ssh = isinstance(self.connection, ssh_plugin.Connection)
         return login_plan(self.connection, self.shell, max(self.silence, setting('boot_timeout')),
-                          self.identity, (255, 'timeout') if is_ssh else ())
+                          self.identity, is_ssh)
 
     # Stock ssh asks for a terminal for commands without input: sudo in a raw task may need one, and `ls` behaves.
     def wants_tty(self, in_data, sudoable):
@@ -1192,7 +1192,7 @@ class Carrier:
             raise
         except HopFailed as e:
             if e.end not in plan.unreachable:
-                raise NoAgent('%s: %s' % (plan.what, e))
+                raise NoAgent('%s: %s' % (plan.what, e), plan.what)
             if e.end == 255:
                 raise AnsibleConnectionFailure('Failed to connect to the host via ssh: %s' % e.head['stderr'].rstrip())
             raise AnsibleConnectionFailure('%s: %s' % (self.where(), e))
@@ -1839,11 +1839,15 @@ class LinkLost(CallFailed):
 class NoAgent(Exception):
     """The account is there, but no agent can be: no Python, say."""
 
+    def __init__(self, text, step=None):
+        super().__init__(text)
+        self.step = step or text
+
 
 class HopFailed(Exception):
     def __init__(self, head):
         said = [str(head.get(name) or '').strip() for name in ('text', 'tty', 'stdout', 'stderr')]
-        super().__init__(': '.join(text for text in said if text).replace(MARK + ': ', ''))
+        super().__init__(': '.join(text for text in said if text))
         self.head = head
         self.end = end_of(head)
 
@@ -2522,20 +2526,21 @@ def digest(*parts):
     return hashlib.sha1(json.dumps(parts, default=str).encode('utf-8', 'surrogateescape')).hexdigest()
 
 
-# `identity`: what the stock plugin would spawn for the PLACEHOLDER.
-def login_plan(connection, shell, patience, identity, unreachable):
+# `identity`: what the stock plugin would spawn for the PLACEHOLDER. What is known of ssh alone: how it says that there
+# is no way to the host, and that the core can be on its way before somebody waits for it.
+def login_plan(connection, shell, patience, identity, is_ssh):
     argv, _, env = identity
     squeeze = leads_away(identity)
 
     def spec(candidates):
         command = '%s -c %s' % (shell, shlex.quote(bootstrap(candidates, squeeze)))
         argv, cwd, env = connection.agent_argv(command)
-        return dict(argv=argv, cwd=cwd or os.getcwd(), env=env, mark=MARK, eager=True, patience=patience,
+        return dict(argv=argv, cwd=cwd or os.getcwd(), env=env, mark=MARK, eager=is_ssh, patience=patience,
                     squeeze=squeeze)
 
     key = digest(argv, env, password_of(connection))
     return Plan('login', key, None, spec, functools.partial(LoginDialogue, password_of(connection)),
-                unreachable=unreachable)
+                unreachable=(255, 'timeout') if is_ssh else ())
 
 
 # Whether there is more to a command line than a shell and the command: then that is what leads to another place.
@@ -2583,8 +2588,8 @@ def caught(connection, exec_command, command, options):
     start = subprocess.Popen.__init__
 
     def catch(process, args, *more, **options):
-        words = [args] if isinstance(args, (str, bytes)) else list(args)
-        words = [os.fsdecode(word) for word in words]
+        args = args if isinstance(args, (str, bytes)) else list(args)
+        words = [os.fsdecode(word) for word in ([args] if isinstance(args, (str, bytes)) else args)]
         if not any(MARK in word for word in words):
             return start(process, args, *more, **options)
         if options.get('shell'):
@@ -2722,7 +2727,7 @@ NO_PYTHON, NO_PIPE = 97, 98     # exit codes of what runs before the core does
 # What Python runs first: say that it is there, read the core, run it. Not from a terminal, which garbles what is not
 # text. One line without a quote or an exclamation mark that a login shell could take for its own.
 def first_stage(squeeze):
-    code = ('import os,zlib\\nw=os.write\\nd=b""\\ndef no(why):w(2,b"{mark}: stdin is "+why);os._exit({no_pipe})\\n'
+    code = ('import os,zlib\\nw=os.write\\nd=b""\\ndef no(why):w(2,b"stdin is "+why);os._exit({no_pipe})\\n'
             'if os.isatty(0):no(b"a terminal")\\nw(1,b"{mark}")\\nwhile len(d)<{size}:\\n'
             ' c=os.read(0,{size}-len(d))\\n if not c:no(b"empty")\\n d+=c\\ng=dict(__name__="mitogen_single")\\n'
             'exec(compile(zlib.decompress(d),"mitogen_single.py","exec"),g)\\ng["main"](d,{squeeze})')
@@ -2735,7 +2740,7 @@ def first_stage(squeeze):
 def bootstrap(candidates, squeeze):
     names = ' '.join(shlex.quote(name) for name in candidates)
     return ('for p in %s; do p=`command -v "$p"` && "$p" -V </dev/null >/dev/null 2>&1 && exec "$p" -c %s; done; '
-            'echo %s: no Python found >&2; exit %d' % (names, shlex.quote(first_stage(squeeze)), MARK, NO_PYTHON))
+            'echo no Python found >&2; exit %d' % (names, shlex.quote(first_stage(squeeze)), NO_PYTHON))
 
 
 # 11 COMMAND LINE #####################################################################################################
@@ -3071,7 +3076,7 @@ class Report:
         self.shared = mmap.mmap(-1, 64)     # how many modules did an agent run?; name of the first step that failed
 
     def say(self, what, seconds, text):
-        text = text.replace(self.plugin.MARK + ': ', '').strip().replace('\n', '\n' + ' ' * 26)
+        text = text.strip().replace('\n', '\n' + ' ' * 26)
         os.write(self.out, ('%-16s%6.2f s  %s\n' % (what, seconds, text)).encode('utf-8', 'replace'))
 
     def stopped_at(self, what):
