@@ -2684,14 +2684,19 @@ class BecomeDialogue(Dialogue):
 
     def hear(self, channel, data):
         heard = self.heard[channel] = self.heard.get(channel, b'') + data
-        self.succeeded = self.succeeded or self.plugin.check_success(heard)
+
+        # Some stock connection plugins show a become plugin all that came, others a line at a time.
+        def says(check):
+            return any(check(part) for part in [heard] + heard.splitlines(True))
+
+        self.succeeded = self.succeeded or says(self.plugin.check_success)
         if self.succeeded:
             return channel, None
-        if self.answered and self.plugin.check_incorrect_password(heard):
+        if self.answered and says(self.plugin.check_incorrect_password):
             raise BecomeRefused('Incorrect %s password' % self.plugin.name)
-        if self.plugin.check_missing_password(heard):
+        if says(self.plugin.check_missing_password):
             raise BecomeRefused('Missing %s password' % self.plugin.name)
-        if not self.plugin.expect_prompt() or not self.plugin.check_password_prompt(heard):
+        if not self.plugin.expect_prompt() or not says(self.plugin.check_password_prompt):
             return channel, None
         if self.answered:
             raise BecomeRefused('Incorrect %s password' % self.plugin.name)

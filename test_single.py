@@ -256,12 +256,15 @@ Match User msbare
 
 SUDOERS = '''
 Defaults:mslab,mspass,mstty logfile=%(root)s/sudo.log, loglinelen=0, !syslog
-Defaults:mspass lecture=always, timestamp_timeout=0
+Defaults:mspass lecture=always, timestamp_timeout=0, pwfeedback
 Defaults:mstty requiretty
 mslab ALL=(ALL) NOPASSWD: ALL
 mspass ALL=(ALL) ALL
 mstty ALL=(ALL) NOPASSWD: ALL
 '''
+
+DOAS_CONF = '/etc/doas.conf'
+DOAS_RULES = '# %s\npermit nopass mslab\npermit mspass\n' % MARK
 
 BARE_ROOT = '/home/msbare'      # sshd wants all of the path to be root's: no directory under /var/tmp will do
 BARE_PROGRAMS = 'sh cat id mkdir chmod hostname uname ls rm'
@@ -316,6 +319,8 @@ class Lab:
             remove_accounts()
             if os.path.exists(self.SUDOERS_FILE):
                 os.unlink(self.SUDOERS_FILE)
+            if os.path.exists(DOAS_CONF) and open(DOAS_CONF).read() == DOAS_RULES:
+                os.unlink(DOAS_CONF)
         shutil.rmtree(root, ignore_errors=True)
 
     def tree(self):
@@ -350,6 +355,9 @@ class Lab:
             os.fchmod(file.fileno(), 0o440)
             file.write(SUDOERS % {'root': self.root})
         sh('visudo', '-c', '-q', '-f', self.SUDOERS_FILE)
+        if not os.path.exists(DOAS_CONF):
+            with open(DOAS_CONF, 'w') as file:
+                file.write(DOAS_RULES)
         self.write('sudo.log', '')
         self.write('banner', 'A banner of several lines.\n{"not": "a result"}\n')
         with open('/home/msnoisy/.bashrc', 'w') as file:
@@ -2225,6 +2233,46 @@ OWN_BECOME = '''
     '''
 
 
+# Stands for the become programs that are not here, and speaks as they do: on the terminal, with -S on stdin.
+FAKE_BECOME = '''#!/usr/bin/python3
+import getpass, os, sys
+name, words = os.path.basename(sys.argv[0]), sys.argv[1:]
+prompt, failure = {
+    'dzdo': ('', 'Sorry, try again.'),
+    'pbrun': ('Password:', 'no'),
+    'pfexec': ('', ''),
+    'ksu': ('Kerberos password for me@HERE: ', 'Password incorrect'),
+    'pmrun': ('Enter UPM user password:', 'no'),
+    'sesu': ('Please enter your password:', 'Sorry, try again with sesu.'),
+    'su': ('Mot de passe\\xa0: ', 'su: Authentication failure'),
+    'sesame': ('Who knows? ', 'Not you'),
+    'podman': ('', ''),
+}[name]
+if '-p' in words:
+    prompt = words[words.index('-p') + 1]
+if '-S' in words and prompt:
+    os.write(2, prompt.encode())
+    answer = sys.stdin.buffer.raw.readline().decode().strip()
+else:
+    answer = getpass.getpass(prompt) if prompt else None
+if answer not in (None, 'PASSWORD'):
+    sys.exit(failure)
+user = 'msapp' if any(word.endswith('msapp') for word in words) else 'root'
+command = words[words.index('/bin/sh'):] if '/bin/sh' in words else ['/bin/sh', '-c', words[-1]]
+command = ['sudo', '-n', '-u', user] + command if name != 'podman' else command
+os.execvp(command[0], command)
+'''
+PROMPTING = 'dzdo pbrun ksu pmrun sesu'.split()
+SESAME = OWN_BECOME.replace('mybecome', 'sesame').replace('''
+            super()''', '''
+            self.prompt = 'Who'
+            super()''').replace("'sudo -H -n -u'", "self.get_option('become_exe')") + '''
+        fail = ('Not you',)
+        def check_password_prompt(self, b_output):
+            return b'Who knows?' in b_output
+    '''
+
+
 class RealBecome(Real):
     every_core = True
 
@@ -2294,6 +2342,98 @@ class RealBecome(Real):
         self.compare(book, files={'become_plugins/mybecome.py': OWN_BECOME},
                      sudos={'root': 1, 'msapp': 1},
                      env={'ANSIBLE_BECOME_PLUGINS': 'become_plugins'})
+
+    def by_method(self, methods, **more):
+        """A host for each become plugin whose program FAKE_BECOME is."""
+        hosts = {}
+        os.makedirs(LAB.path('become'), exist_ok=True)
+        for method in methods:
+            program = method.rpartition('.')[2]
+            LAB.write('become/' + program, FAKE_BECOME.replace('PASSWORD', LAB.password))
+            os.chmod(LAB.path('become', program), 0o755)
+            hosts[program] = dict({'ansible_become': True, 'ansible_become_method': method,
+                                   'ansible_become_exe': LAB.path('become', program),
+                                   'ansible_become_user': 'msapp', 'ansible_become_password': LAB.password}, **more)
+        return hosts
+
+    METHODS = ['community.general.' + name for name in PROMPTING + ['pfexec']] + ['ansible.builtin.su', 'sesame']
+    OWN = {'files': {'become_plugins/sesame.py': SESAME}, 'env': {'ANSIBLE_BECOME_PLUGINS': 'become_plugins'}}
+
+    def needs_collections(self):
+        if not collections_path():
+            self.skipTest('no collections: PyPI is out of reach')
+
+    @newest
+    def test_programs_that_are_not_here(self):
+        """Each speaks another dialogue, which only its plugin knows."""
+        self.needs_collections()
+        stock, ours = self.compare(tasks('command: id -un', 'stat: {path: /etc/hostname}'), args=['-v'],
+                                   hosts=self.by_method(self.METHODS), pipelining=False, **self.OWN)
+        self.assertNotIn('stock Ansible runs this', ours.out)
+
+    @newest
+    def test_wrong_passwords(self):
+        self.needs_collections()
+        methods = [name for name in self.METHODS if not name.endswith('pfexec')]
+        hosts = self.by_method(methods, ansible_become_password='nonsense')
+        self.compare(tasks('{command: id -un, ignore_errors: true}'), hosts=hosts, pipelining=False, without=TEXTS,
+                     **self.OWN)
+
+    @newest
+    def test_password_that_nobody_gave(self):
+        """Stock Ansible waits for an answer for ever."""
+        self.needs_plugin()
+        play = self.run_ours(WHO, hosts=dict(self.by_method(['su'], ansible_become_password=None), t1={}),
+                             env={'ANSIBLE_TIMEOUT': '1'})
+        self.assertEqual((play.status('who', 'su'), play.status('module', 't1')), ('unreachable', 'ok'), play.tail())
+        self.assertRegex(play.result('who', 'su')['msg'], 'privilege escalation prompt.*Mot de passe')
+
+    def test_doas(self):
+        self.needs_collections()
+        hosts = {'free': {}, 'asked': {'ansible_user': 'mspass', 'ansible_become_password': LAB.password}}
+        for host in hosts.values():
+            host.update(ansible_become_method='community.general.doas')
+        self.compare(self.book(BECOME_WHO.replace('OUT', self.out + '/{{ inventory_hostname }}').replace(
+            'path: ', 'path: "').replace(', state', '", state').replace('dest: ', 'dest: "').replace('/mine}', '/mine"}')),
+            hosts=hosts, logins={'mslab': 1, 'mspass': 1})
+
+    @newest
+    def test_doas_with_a_wrong_password(self):
+        self.needs_collections()
+        hosts = {'t1': {'ansible_user': 'mspass', 'ansible_become_password': 'nonsense',
+                        'ansible_become_method': 'community.general.doas'}}
+        self.compare_failure(self.book(), None, '(?i)incorrect|authentication failed', hosts=hosts)
+
+    @newest
+    def test_sudosu(self):
+        self.needs_collections()
+        hosts = {'free': {}, 'asked': {'ansible_user': 'mspass', 'ansible_become_password': LAB.password}}
+        for host in hosts.values():
+            host.update(ansible_become_method='community.general.sudosu', ansible_become=True, ansible_become_user='msapp')
+        self.compare(tasks('command: id -un', 'shell: pwd'), hosts=hosts, pipelining=False,
+                     logins={'mslab': 1, 'mspass': 1})
+
+    @newest
+    def test_podman_unshare(self):
+        self.needs_collections()
+        hosts = self.by_method(['containers.podman.podman_unshare'], ansible_connection='local',
+                               ansible_become_user='root')
+        path = '%s:/usr/sbin:/usr/bin:/sbin:/bin' % LAB.path('become')
+        self.compare(tasks('command: id -un', 'stat: {path: /etc/hostname}'), hosts=hosts, env={'PATH': path})
+
+    @newest
+    def test_forwarded_agent(self):
+        """With -E an ssh-agent that was forwarded is there for the become account too."""
+        socket_path = LAB.path('agent')
+        agent = subprocess.Popen(['ssh-agent', '-D', '-a', socket_path], stdout=subprocess.DEVNULL)
+        try:
+            wait_for(lambda: os.path.exists(socket_path), 5, 'no ssh-agent')
+            hosts = {'t1': {'ansible_ssh_extra_args': '-o ForwardAgent=yes', 'ansible_become_flags': '-H -S -n -E'}}
+            self.compare(tasks('{command: ssh-add -l, become: true, failed_when: false}'), hosts=hosts,
+                         env={'SSH_AUTH_SOCK': socket_path}, without=('stderr', 'stderr_lines'))
+        finally:
+            agent.terminate()
+            agent.wait()
 
     @newest
     def test_flags_and_executable(self):
