@@ -332,7 +332,7 @@ def patches():
         (task_executor.TaskExecutor, '_run_loop', running_items_ahead),
         (subprocess.Popen, '__init__', starting_without_terminal),
         # A module for one of our connections is built with a table of contents in the place of its zip ...
-        (action, '_configure_module', building_for_connection),
+        (action, '_execute_module', preferring_agents),
         (action_plugins, 'modify_module', making_payloads),
         (module_common, 'zipfile', with_catalogue),
         (module_common, 'recursive_finder', finding_once),
@@ -401,8 +401,11 @@ WORKER_ARGUMENTS = ('final_q', 'task_vars', 'host', 'task', 'play_context', 'loa
 REVIEWED = {'ansible.plugins.action.' + name for name in (
     'assemble assert async_status command copy debug dnf fail fetch gather_facts include_vars normal package raw '
     'script service set_fact set_stats shell template unarchive uri validate_argument_spec').split()}
-CARRIED = ('ssh', 'smart', 'local', 'ansible.builtin.ssh', 'ansible.builtin.local', 'ansible.legacy.ssh',
-           'ansible.legacy.local')
+# Connection plugins of which the same is known: what they start, they ask at most once for each host.
+REVIEWED |= {'ansible.plugins.connection.ssh', 'ansible.plugins.connection.local'} | {
+    'ansible_collections.%s.plugins.connection.%s' % tuple(name.rsplit('.', 1)) for name in (
+        'community.docker.docker community.docker.nsenter community.general.chroot community.general.incus '
+        'community.general.lxd community.okd.oc containers.podman.podman kubernetes.core.kubectl').split()}
 LOCALHOST = ('localhost', '127.0.0.1', '::1')
 LONG = 0.03             # seconds of the baton after which a task is too heavy to be done by one host after the other
 _heavy = set()          # uuids of such tasks
@@ -434,7 +437,7 @@ def why_fork(given):
         return 'it is to keep the terminal'
     if task.timeout:
         return 'a timeout is a signal, which only a main thread gets'
-    if connection not in CARRIED or not (task.delegate_to is None or task.delegate_to in LOCALHOST):
+    if connection_module(connection) not in REVIEWED or not (task.delegate_to is None or task.delegate_to in LOCALHOST):
         return 'another connection plugin may wait where we cannot see it'
     if action_module(task.action, tuple(task.collections or ())) not in REVIEWED:
         return 'an action plugin that nobody reviewed'
@@ -459,6 +462,11 @@ def action_module(action, collections):
     if action_loader.has_plugin(action, collection_list=list(collections)):
         return action_loader.get(action, class_only=True, collection_list=list(collections)).__module__
     return action_loader.get('ansible.legacy.normal', class_only=True).__module__
+
+
+@functools.lru_cache(maxsize=None)
+def connection_module(name):
+    return getattr(load_class(connection_loader, 'ssh' if name == 'smart' else name), '__module__', None)
 
 
 # What a fork would have copied, and a worker changes.
@@ -965,11 +973,13 @@ def warm_up(task, variables):
     freeze()
 
 
-# Once for each name. Names may still be templates here, or unknown: what becomes of them is the worker's business.
+# Once for each name. Names may still be templates here, or unknown, or lead to a file that Python cannot read: what
+# becomes of them is the worker's business.
 @functools.lru_cache(maxsize=None)
 def load_class(loader, name, collections=()):
-    if isinstance(name, str) and '{' not in name and loader.has_plugin(name, collection_list=list(collections)):
-        loader.get(name, class_only=True, collection_list=list(collections))
+    with contextlib.suppress(Exception):
+        if isinstance(name, str) and '{' not in name and loader.has_plugin(name, collection_list=list(collections)):
+            return loader.get(name, class_only=True, collection_list=list(collections))
 
 
 # What is here now will stay. A garbage collection in a forked worker would otherwise touch, and so copy, all of it.
@@ -987,7 +997,7 @@ def freeze():
 def adopting(get_with_context):
     def patched_get(name, *args, **kwargs):
         result = get_with_context(name, *args, **kwargs)
-        if isinstance(result.object, (ssh_plugin.Connection, local_plugin.Connection)):
+        if isinstance(result.object, ConnectionBase):
             adopt(result.object)
         return result
     return patched_get
@@ -995,10 +1005,38 @@ def adopting(get_with_context):
 
 def adopt(connection):
     stock = type(connection)
-    if not (issubclass(stock, AgentConnection) or getattr(connection, '_remote_is_local', False)
-            or getattr(connection._shell, 'SHELL_FAMILY', '') == 'powershell'):
+    if issubclass(stock, AgentConnection):
+        return
+    reason = why_stock(connection)
+    if reason:
+        explain(connection, NoAgent(reason))
+    else:
         add_host_settings(connection._load_name)
         connection.__class__ = agent_class(stock)
+
+
+# Why a connection plugin cannot carry an agent, as far as its class tells; None where it is worth a try.
+def why_stock(connection):
+    if getattr(connection, '_remote_is_local', False):
+        return 'it runs modules here, not on the target'
+    if getattr(connection._shell, '_IS_WINDOWS', False):
+        return 'there is a Windows on the target'
+    if not starts_programs(type(connection)):
+        return 'this connection plugin starts no program'
+
+
+# Whether the modules that a class and its bases come from have anything of subprocess.
+@functools.lru_cache(maxsize=None)
+def starts_programs(plugin):
+    return any(value is subprocess or getattr(value, '__module__', None) == 'subprocess'
+               for base in plugin.__mro__ for value in vars(sys.modules[base.__module__]).values())
+
+
+# Once for each host and step, whichever of the workers comes across it first.
+def explain(connection, reason):
+    host = connection._play_context.remote_addr
+    if display.verbosity and client().is_first('%s: %s' % (host, reason.step)):
+        display.v('stock Ansible runs this, there is no agent: %s' % reason, host=host)
 
 
 # The name must stay: Ansible derives the plugin's type from it.
@@ -1012,14 +1050,14 @@ class AgentConnection(ConnectionBase):
     _escalation = None      # the last command that Ansible wrapped for become
     _plain_build = None     # the become plugin's own build_become_command
     _wants_files = False    # modules are to be run from files on the target
-    _wants_tty = None       # ssh's arguments ask for a terminal; None: not looked at yet
     _place = None           # the Place of this task's temporary files, where it is ours
     _interpreter = None     # the Plan of the last module's interpreter: its agent gets the files for the next one
+    _refusal = None         # why stock Ansible has to run this; '' for no reason; None: not looked at yet
 
     # Pipelining is ours to decide, but for somebody who set it to false for this very host or task.
     def set_options(self, task_keys=None, var_options=None, direct=None):
         super().set_options(task_keys=task_keys, var_options=var_options, direct=direct)
-        self._wants_tty = None
+        self._refusal = None
         self._wants_files = any(name in (var_options or {}) and not boolean(var_options[name], strict=False)
                                 for name in ('ansible_pipelining', 'ansible_ssh_pipelining'))
 
@@ -1037,15 +1075,17 @@ class AgentConnection(ConnectionBase):
 
     def exec_command(self, cmd, in_data=None, sudoable=True):
         try:
+            carrier = is_carried(self) and Carrier(self)
             # A shell command on this machine costs no more the stock way.
-            if is_carried(self) and (isinstance(in_data, Payload) or self.transport != 'local'):
+            if carrier and (isinstance(in_data, Payload) or carrier.leads_away):
                 display.vvv('EXEC %s' % to_text(cmd), host=self._play_context.remote_addr)
                 command = Command(to_text(cmd), self._escalation, self._play_context.executable)
-                return Carrier(self).run(command, in_data, sudoable)
+                return carrier.run(command, in_data, sudoable)
         except NoAgent as e:
-            display.v('stock Ansible runs this, there is no agent: %s' % e, host=self._play_context.remote_addr)
-        data = in_data.real_bytes() if isinstance(in_data, Payload) else in_data
-        return super().exec_command(cmd, in_data=data, sudoable=sudoable)
+            if isinstance(in_data, Payload):
+                raise
+            explain(self, e)
+        return super().exec_command(cmd, in_data=in_data, sudoable=sudoable)
 
     def put_file(self, in_path, out_path):
         return self.transfer_by_agent('PUT', Carrier.put, super().put_file, in_path, out_path)
@@ -1055,11 +1095,12 @@ class AgentConnection(ConnectionBase):
 
     def transfer_by_agent(self, verb, ours, stock, in_path, out_path):
         try:
-            if is_carried(self) and self.transport != 'local':
+            carrier = is_carried(self) and Carrier(self)
+            if carrier and carrier.leads_away:
                 display.vvv('%s %s TO %s' % (verb, in_path, out_path), host=self._play_context.remote_addr)
-                return ours(Carrier(self), in_path, out_path)
+                return ours(carrier, in_path, out_path)
         except NoAgent as e:
-            display.v('stock Ansible transfers this, there is no agent: %s' % e, host=self._play_context.remote_addr)
+            explain(self, e)
         return stock(in_path, out_path)
 
     def reset(self):
@@ -1072,16 +1113,16 @@ class AgentConnection(ConnectionBase):
     # does not need, and no compression of what we have compressed already.
     def agent_argv(self, command):
         options = dict(password_mechanism='disable')
-        if self.transport == 'ssh':
+        if 'ssh_args' in self._options:
             options['ssh_args'] = ssh_settings(self)
-        return caught(self, super().exec_command, command, options)
+        with temporary_files_in(C.DEFAULT_LOCAL_TMP):
+            return caught(self, super().exec_command, command, options)
 
 
 # Whether it is for us to compress what shrinks. Who sets ssh_args decides that, too.
 def compresses(connection):
     options = connection._options
-    return (connection.transport == 'ssh' and options.get('ssh_args') == default_ssh_args()
-            and not options.get('mitogen_single_ssh_compression'))
+    return options.get('ssh_args') == default_ssh_args() and not options.get('mitogen_single_ssh_compression')
 
 
 # With ssh the first word on a matter counts.
@@ -1099,13 +1140,24 @@ def default_ssh_args():
     return C.config.get_configuration_definitions('connection', 'ssh')['ssh_args']['default']
 
 
-# Not with a tty under the data, which it would garble: stock Ansible gives up pipelining for the same reason.
 def is_carried(connection):
     if not isinstance(connection, AgentConnection) or not connection._options.get('mitogen_single_enabled', True):
         return False
-    if connection._wants_tty is None:
-        connection._wants_tty = getattr(connection, '_is_tty_requested', bool)()
-    return not connection._wants_tty
+    if connection._refusal is None:
+        connection._refusal = ''
+        try:
+            # Not with a tty under the data, which it would garble: stock Ansible gives up pipelining for that reason.
+            if getattr(connection, '_is_tty_requested', bool)():
+                raise NoAgent('its arguments ask for a terminal')
+            identity_of(connection)
+        except NoAgent as e:
+            refuse(connection, e)
+    return not connection._refusal
+
+
+def refuse(connection, reason):
+    connection._refusal = str(reason)
+    explain(connection, reason)
 
 
 # What an AgentConnection does with the help of the broker; beside it, so that no name of ours hides one of the stock
@@ -1116,6 +1168,8 @@ class Carrier:
         self.context = connection._play_context
         self.host = self.context.remote_addr
         self.shell = self.context.executable or '/bin/sh'
+        self.identity = identity_of(connection)
+        self.leads_away = leads_away(self.identity)
         # Seconds without a sign of life after which a become is given up; the stock ssh plugin takes as many.
         self.silence = 2 + int(self.option('timeout') or self.context.timeout or 10)
         # Local commands run in the playbook's directory: Ansible sets this attribute before each of them.
@@ -1131,7 +1185,8 @@ class Carrier:
     def run(self, command, in_data, sudoable):
         account = self.account(command.escalated)
         if not isinstance(in_data, Payload):
-            head = dict(call='exec', argv=command.argv, cwd=self.cwd, tty=self.wants_tty(in_data, sudoable))
+            argv = command.argv or self.in_own_shell(command.plain)
+            head = dict(call='exec', argv=argv, cwd=self.cwd, tty=self.wants_tty(in_data, sudoable))
             return self.collect(account, None, head, in_data or b'')
         if in_data.fqn.endswith('.user'):
             self.leave_account(account[0], in_data.params)
@@ -1142,6 +1197,14 @@ class Carrier:
         except UnknownModule:
             payload = in_data.rebuild()
             return self.collect(account, interpreter, dict(payload.head(), env=env, cwd=self.cwd), payload.params)
+
+    # A command without a shell of Ansible's, a raw one, is for the shell that the plugin gives it to: one word for the
+    # login shell.
+    def in_own_shell(self, command):
+        *_, shell, option, last = self.identity[0]
+        if last != PLACEHOLDER:
+            raise NoAgent('this connection plugin takes a command apart')
+        return [shell, option, command] if option == '-c' else [command]
 
     # userdel refuses while an agent of ours runs as that user. Stock Ansible has no process left there by then.
     def leave_account(self, login, params):
@@ -1159,8 +1222,9 @@ class Carrier:
                                    self.shell, self.silence, self.cwd)]
 
     def login(self):
+        is_ssh = isinstance(self.connection, ssh_plugin.Connection)
         return login_plan(self.connection, self.shell, max(self.silence, self.option('mitogen_single_boot_timeout')),
-                          identity_of(self.connection))
+                          self.identity, is_ssh)
 
     # Stock ssh asks for a terminal for commands without input: sudo in a raw task may need one, and `ls` behaves.
     def wants_tty(self, in_data, sudoable):
@@ -1173,7 +1237,7 @@ class Carrier:
         except BecomeEnded as e:
             return e.head['code'], to_bytes(e.head['stdout']), to_bytes(e.head['stderr'] + e.head['tty'])
         result = reply['rc'], b''.join(out[STDOUT]), b''.join(out[STDERR])
-        if self.connection.transport != 'local':
+        if self.leads_away:
             shown = 'rc=%s, stdout and stderr censored due to no log' % result[0] if self.context.no_log else result
             display.vvv(str(shown), host=self.host)
         return result
@@ -1266,10 +1330,13 @@ class Carrier:
         if interpreter and not is_interpreter(hello, wanted):
             self.open(interpreter, wanted)
 
+    # What has failed before is not tried once more where it must fail again. A Python may have come meanwhile: a module
+    # is worth a look, a command can be run without one.
     def open(self, plan, wanted):
         candidates = (wanted if len(wanted) == 1 else []) + python_names()
+        believed = [NO_PIPE] + [NO_PYTHON] * (not wanted) + ['timeout'] * ('timeout' not in plan.unreachable)
         try:
-            hello = _hellos[plan.key] = client().open(plan, candidates)
+            hello = _hellos[plan.key] = client().open(plan, candidates, believed)
             return hello
         except LoginRefused as e:
             raise AnsibleAuthenticationFailure('%s: %s' % (self.where(), e))
@@ -1277,12 +1344,12 @@ class Carrier:
             raise AnsibleError(str(e))
         except BecomeEnded:
             raise
-        except HopTimeout as e:
-            raise AnsibleConnectionFailure('%s: %s' % (self.where(), e))
         except HopFailed as e:
-            if self.connection.transport == 'ssh' and plan.parent is None and e.head.get('code') == 255:
+            if e.end not in plan.unreachable:
+                raise NoAgent('%s: %s' % (plan.what, e), plan.what)
+            if e.end == 255:
                 raise AnsibleConnectionFailure('Failed to connect to the host via ssh: %s' % e.head['stderr'].rstrip())
-            raise NoAgent('%s: %s' % (plan.what, e))
+            raise AnsibleConnectionFailure('%s: %s' % (self.where(), e))
 
     # None where there is no agent to ask.
     def home(self, escalated, interpreter):
@@ -1306,10 +1373,29 @@ _identities = {}        # what decides over a login -> the command line for it
 def identity_of(connection):
     context = connection._play_context
     known = (type(connection), repr(connection._options), context.remote_addr, context.remote_user, context.port,
-             context.password, context.private_key_file, context.timeout)
+             context.password, context.private_key_file, context.timeout, context.executable)
     if known not in _identities:
-        _identities[known] = connection.agent_argv(PLACEHOLDER)
+        argv, cwd, env = connection.agent_argv(PLACEHOLDER)
+        _identities[known] = [content_of(word) for word in argv], cwd, env
     return _identities[known]
+
+
+# A file that a plugin writes for the one command, say a kubeconfig, has another name each time. It stays until the end
+# of the run, since nobody calls back those who would remove it.
+@contextlib.contextmanager
+def temporary_files_in(folder):
+    before, tempfile.tempdir = tempfile.tempdir, folder
+    try:
+        yield
+    finally:
+        tempfile.tempdir = before
+
+
+def content_of(word):
+    if not word.startswith(C.DEFAULT_LOCAL_TMP + '/'):
+        return word
+    with open(word, 'rb') as file:
+        return hashlib.sha1(file.read()).hexdigest()
 
 
 # Where Ansible looks for a Python when it is told nothing.
@@ -1340,8 +1426,9 @@ class Command:
             self.plain = shlex.split(text[len(shell):])[0].removesuffix(RACE_GUARD)
         else:
             self.plain, shell = text, ''
-        # Without a shell of Ansible's it is the login shell's, as when sshd gets it.
-        self.argv = shlex.split(shell) + [self.plain] if shell or not self.escalated else ['/bin/sh', '-c', self.plain]
+        if self.escalated and not shell:
+            shell = '/bin/sh -c'
+        self.argv = shlex.split(shell) + [self.plain] if shell else None
 
     # The interpreter that a module is piped to, as words, and the environment in front of it.
     def interpreter(self):
@@ -1501,15 +1588,31 @@ class Payload(bytes):
         return dict(call='run', toc=self.toc, fqn=self.fqn, profile=self.profile, rlimit=self.rlimit)
 
 
-def building_for_connection(configure_module):
-    def patched_configure(action, *args, **kwargs):
-        before = getattr(_local, 'building', False)
-        _local.building = is_carried(action._connection)
+# A module that no agent can run has not begun to: it is run once more, and this time all of it is up to stock Ansible.
+def preferring_agents(execute_module):
+    def patched_execute(action, *args, **kwargs):
         try:
-            return configure_module(action, *args, **kwargs)
-        finally:
-            _local.building = before
-    return patched_configure
+            with payloads(is_carried(action._connection)):
+                return execute_module(action, *args, **kwargs)
+        except NoAgent as e:
+            reason = e
+        refuse(action._connection, reason)
+        try:
+            return execute_module(action, *args, **kwargs)
+        except AnsibleConnectionFailure as e:
+            raise AnsibleConnectionFailure('%s: %s' % (reason, e))
+    return patched_execute
+
+
+# Whether what is built here is one.
+@contextlib.contextmanager
+def payloads(wanted):
+    before = getattr(_local, 'building', False)
+    _local.building = wanted
+    try:
+        yield
+    finally:
+        _local.building = before
 
 
 def making_payloads(modify_module):
@@ -1890,16 +1993,22 @@ class LinkLost(CallFailed):
 class NoAgent(Exception):
     """The account is there, but no agent can be: no Python, say."""
 
+    def __init__(self, text, step=None):
+        super().__init__(text)
+        self.step = step or text
+
 
 class HopFailed(Exception):
     def __init__(self, head):
         said = [str(head.get(name) or '').strip() for name in ('text', 'tty', 'stdout', 'stderr')]
         super().__init__(': '.join(text for text in said if text))
         self.head = head
+        self.end = end_of(head)
 
 
-class HopTimeout(HopFailed):
-    pass
+# How a program that did not become an agent ended: its exit code, or what was done to it.
+def end_of(head):
+    return head.get('code') if head['kind'] == 'exit' else head['kind']
 
 
 class LoginRefused(Exception):
@@ -2030,10 +2139,11 @@ class Client:
                 on_data(payload[0], memoryview(payload)[1:])
 
     # Start the agent of a plan, or wait until somebody else has. Its program may ask: the dialogue knows what to say.
-    def open(self, plan, candidates):
+    # `believed`: what need not be tried again if it has ended so before.
+    def open(self, plan, candidates, believed):
         dialogue = plan.dialogue()
         with self.asking() as request:
-            self.send(CALL, request, pack(dict(call='open', key=plan.key, parent=plan.parent,
+            self.send(CALL, request, pack(dict(call='open', key=plan.key, parent=plan.parent, believed=believed,
                                                spec=plan.spec(candidates))))
             while True:
                 kind, payload = self.receive(request)
@@ -2056,6 +2166,12 @@ class Client:
                     self.send(BLOBS, request, pack_blobs([(bytes.fromhex(name), blobs[name])]))
                 self.send(CALL, request, pack(dict(call='offer', toc=toc)))
                 missing = unpack(self.receive(request)[1])[0]['missing']
+
+    # Whether nobody has said this before in this run.
+    def is_first(self, text):
+        with self.asking() as request:
+            self.send(CALL, request, pack(dict(call='first', text=text)))
+            return unpack(self.receive(request)[1])[0]['first']
 
     # Close the link to an agent, and so all that is behind it.
     def drop(self, key):
@@ -2235,6 +2351,8 @@ class Broker:
         self.blobs = {}             # sha1 -> bytes
         self.tables = {}            # hex sha1 of a table of contents -> sha1 of all it needs
         self.refused = set()        # lanes of which a request could not be forwarded: what follows there is not, either
+        self.failed = {}            # key of a link that could not be opened -> why
+        self.said = set()           # what was explained to the user
         self.serial = itertools.count(1)
 
     def run(self):
@@ -2357,7 +2475,12 @@ class Broker:
             self.tables[head['toc']] = [toc] + digests
         self.answer(stream, REPLY, request, pack(dict(missing=missing)))
 
+    def call_first(self, stream, request, head, body):
+        self.answer(stream, REPLY, request, pack(dict(first=head['text'] not in self.said)))
+        self.said.add(head['text'])
+
     def call_drop(self, stream, request, head, body):
+        self.failed.pop(head['key'], None)
         if head['key'] in self.links:
             self.close_link(self.links[head['key']])
         self.answer(stream, REPLY, request, pack({}))
@@ -2368,6 +2491,8 @@ class Broker:
             self.answer(stream, REPLY, request, pack(link.hello))
         elif link:
             link.waiters.append((stream, request, head))
+        elif head['key'] in self.failed and end_of(self.failed[head['key']]) in head['believed']:
+            self.answer(stream, FAIL, request, pack(self.failed[head['key']]))
         elif head['parent'] and not getattr(self.links.get(head['parent']), 'hello', None):
             self.fail(stream, request, 'closed', 'the way there was closed')
         else:
@@ -2480,6 +2605,7 @@ class Broker:
 
     def hop_is_up(self, link, hello, stream):
         link.hello = checked(hello)
+        self.failed.pop(link.key, None)
         if link.hop:
             stream.receive = self.from_agent
         self.requests.pop(link.request, None)
@@ -2488,6 +2614,7 @@ class Broker:
         link.waiters = []
 
     def hop_failed(self, link, head):
+        self.failed[link.key] = head
         self.forget(link)
         self.requests.pop(link.request, None)
         for client, request, *_ in [link.guide] + link.waiters:
@@ -2534,7 +2661,7 @@ def batches(blobs, limit=1 << 20):
 # whatever options the plugin knows, we honour.
 
 MARK = 'MITOGEN-SINGLE-%s' % os.urandom(8).hex()       # what an agent prints when it is ready for the core
-PLACEHOLDER = 'MITOGEN-SINGLE-COMMAND'                  # stands for the bootstrap in the identity of a link
+PLACEHOLDER = ': ' + MARK           # stands for the bootstrap in the identity of a link; does no harm where it is run
 
 
 # One hop: `key` identifies the agent to which it leads, `spec(candidates)` is what a Hop needs to start it.
@@ -2546,25 +2673,33 @@ class Plan:
     spec: object            # (names of interpreters) -> dict
     dialogue: object        # () -> Dialogue
     words: list = None      # the interpreter, for a hop to another one
+    unreachable: tuple = ('timeout',)   # ends of its program that say that there is no way to the host
 
 
 def digest(*parts):
     return hashlib.sha1(json.dumps(parts, default=str).encode('utf-8', 'surrogateescape')).hexdigest()
 
 
-# `identity`: what the stock plugin would spawn for the PLACEHOLDER.
-def login_plan(connection, shell, patience, identity):
+# `identity`: what the stock plugin would spawn for the PLACEHOLDER. What is known of ssh alone: how it says that there
+# is no way to the host, and that the core can be on its way before somebody waits for it.
+def login_plan(connection, shell, patience, identity, is_ssh):
     argv, _, env = identity
-    squeeze = connection.transport != 'local'
+    squeeze = leads_away(identity)
 
     def spec(candidates):
         command = '%s -c %s' % (shell, shlex.quote(bootstrap(candidates, squeeze)))
         argv, cwd, env = connection.agent_argv(command)
-        return dict(argv=argv, cwd=cwd or os.getcwd(), env=env, mark=MARK, eager=True, patience=patience,
+        return dict(argv=argv, cwd=cwd or os.getcwd(), env=env, mark=MARK, eager=is_ssh, patience=patience,
                     squeeze=squeeze)
 
-    key = digest(connection.transport, argv, env, password_of(connection))
-    return Plan('login', key, None, spec, functools.partial(LoginDialogue, password_of(connection)))
+    key = digest(argv, env, password_of(connection))
+    return Plan('login', key, None, spec, functools.partial(LoginDialogue, password_of(connection)),
+                unreachable=(255, 'timeout') if is_ssh else ())
+
+
+# Whether there is more to a command line than a shell and the command: then that is what leads to another place.
+def leads_away(identity):
+    return identity[0][1:] != ['-c', PLACEHOLDER]
 
 
 def password_of(connection):
@@ -2607,9 +2742,9 @@ def caught(connection, exec_command, command, options):
     start = subprocess.Popen.__init__
 
     def catch(process, args, *more, **options):
-        words = [args] if isinstance(args, (str, bytes)) else list(args)
-        words = [os.fsdecode(word) for word in words]
-        if not any(command in word for word in words):
+        args = args if isinstance(args, (str, bytes)) else list(args)
+        words = [os.fsdecode(word) for word in ([args] if isinstance(args, (str, bytes)) else args)]
+        if not any(MARK in word for word in words):
             return start(process, args, *more, **options)
         if options.get('shell'):
             words = [os.fsdecode(options.get('executable') or '/bin/sh'), '-c'] + words
@@ -2624,7 +2759,7 @@ def caught(connection, exec_command, command, options):
         return without_sshpass(argv), os.fsdecode(cwd) if cwd else None, env
     finally:
         subprocess.Popen.__init__ = start
-    raise NoAgent('this connection plugin starts no program')
+    raise NoAgent('this connection plugin starts no program that is given the command')
 
 
 # What it displays is about a command that nobody asked for.
@@ -2665,7 +2800,7 @@ class Dialogue:
         return channel, None
 
     def failed(self, head):
-        raise (HopTimeout if head['kind'] == 'timeout' else HopFailed)(head)
+        raise HopFailed(head)
 
 
 # ssh asks on its terminal. A password is tried once: a second question means that it was wrong, and a third attempt
@@ -2703,14 +2838,19 @@ class BecomeDialogue(Dialogue):
 
     def hear(self, channel, data):
         heard = self.heard[channel] = self.heard.get(channel, b'') + data
-        self.succeeded = self.succeeded or self.plugin.check_success(heard)
+
+        # Some stock connection plugins show a become plugin all that came, others a line at a time.
+        def says(check):
+            return any(check(part) for part in [heard] + heard.splitlines(True))
+
+        self.succeeded = self.succeeded or says(self.plugin.check_success)
         if self.succeeded:
             return channel, None
-        if self.answered and self.plugin.check_incorrect_password(heard):
+        if self.answered and says(self.plugin.check_incorrect_password):
             raise BecomeRefused('Incorrect %s password' % self.plugin.name)
-        if self.plugin.check_missing_password(heard):
+        if says(self.plugin.check_missing_password):
             raise BecomeRefused('Missing %s password' % self.plugin.name)
-        if not self.plugin.expect_prompt() or not self.plugin.check_password_prompt(heard):
+        if not self.plugin.expect_prompt() or not says(self.plugin.check_password_prompt):
             return channel, None
         if self.answered:
             raise BecomeRefused('Incorrect %s password' % self.plugin.name)
@@ -2720,7 +2860,7 @@ class BecomeDialogue(Dialogue):
     def failed(self, head):
         if head['kind'] == 'timeout':
             head['text'] = 'Timeout waiting for privilege escalation prompt: ' + head['text']
-        elif head['kind'] == 'exit' and not self.succeeded:
+        elif head['kind'] == 'exit' and not self.succeeded and head['code'] not in (NO_PYTHON, NO_PIPE):
             raise BecomeEnded(head)
         super().failed(head)
 
@@ -2741,13 +2881,16 @@ def core():
     return zlib.compress(('\n' * above.count('\n') + text).encode('ascii'), 9)
 
 
-# What Python runs first: say that it is there, read the core, run it. One line without a quote or an exclamation
-# mark that a login shell could take for its own.
+NO_PYTHON, NO_PIPE = 97, 98     # exit codes of what runs before the core does
+
+# What Python runs first: say that it is there, read the core, run it. Not from a terminal, which garbles what is not
+# text. One line without a quote or an exclamation mark that a login shell could take for its own.
 def first_stage(squeeze):
-    code = ('import os,zlib\\nos.write(1,b"{mark}")\\nd=b""\\nwhile len(d)<{size}:\\n c=os.read(0,{size}-len(d))\\n'
-            ' if not c:os._exit(98)\\n d+=c\\ng=dict(__name__="mitogen_single")\\n'
+    code = ('import os,zlib\\nw=os.write\\nd=b""\\ndef no(why):w(2,b"stdin is "+why);os._exit({no_pipe})\\n'
+            'if os.isatty(0):no(b"a terminal")\\nw(1,b"{mark}")\\nwhile len(d)<{size}:\\n'
+            ' c=os.read(0,{size}-len(d))\\n if not c:no(b"empty")\\n d+=c\\ng=dict(__name__="mitogen_single")\\n'
             'exec(compile(zlib.decompress(d),"mitogen_single.py","exec"),g)\\ng["main"](d,{squeeze})')
-    code = code.format(mark=MARK, size=len(core()), squeeze=bool(squeeze))
+    code = code.format(mark=MARK, size=len(core()), squeeze=bool(squeeze), no_pipe=NO_PIPE)
     return "exec('%s')" % code
 
 
@@ -2756,7 +2899,7 @@ def first_stage(squeeze):
 def bootstrap(candidates, squeeze):
     names = ' '.join(shlex.quote(name) for name in candidates)
     return ('for p in %s; do p=`command -v "$p"` && "$p" -V </dev/null >/dev/null 2>&1 && exec "$p" -c %s; done; '
-            'echo %s: no Python found >&2; exit 97' % (names, shlex.quote(first_stage(squeeze)), MARK))
+            'echo no Python found >&2; exit %d' % (names, shlex.quote(first_stage(squeeze)), NO_PYTHON))
 
 
 # 11 COMMAND LINE #####################################################################################################
@@ -3093,7 +3236,7 @@ class Report:
         self.shared = mmap.mmap(-1, 64)     # how many modules did an agent run?; name of the first step that failed
 
     def say(self, what, seconds, text):
-        text = text.replace(self.plugin.MARK + ': ', '').strip().replace('\n', '\n' + ' ' * 26)
+        text = text.strip().replace('\n', '\n' + ' ' * 26)
         os.write(self.out, ('%-16s%6.2f s  %s\n' % (what, seconds, text)).encode('utf-8', 'replace'))
 
     def stopped_at(self, what):
@@ -3770,7 +3913,7 @@ def describe(error):
 
 def spawn(argv, cwd=None, env=None, terminal=False, on_terminal=False, program=None):
     pipes = [os.pipe() for _ in range(3)]
-    master, slave = os.openpty() if terminal else (None, None)
+    master, slave = open_terminal() if terminal else (None, None)
     for fd in [fd for pair in pipes for fd in pair] + ([master, slave] if terminal else []):
         private(fd, blocking=True)
     pid = os.fork()
@@ -3782,11 +3925,19 @@ def spawn(argv, cwd=None, env=None, terminal=False, on_terminal=False, program=N
     return pid, private(pipes[0][1]), private(pipes[1][0]), private(pipes[2][0]), terminal and private(master), slave
 
 
+# In a chroot without a /dev/pts there is none: nothing is heard from a pipe, and nobody finds a terminal.
+def open_terminal():
+    try:
+        return os.openpty()
+    except OSError:
+        return os.pipe()
+
+
 # In the child of a fork: never returns.
 def become_program(program, argv, cwd, env, slave, stdio):
     try:
         os.setsid()
-        if slave is not None:
+        if slave is not None and os.isatty(slave):
             import termios
             fcntl.ioctl(slave, termios.TIOCSCTTY, 0)
         for number, fd in enumerate(stdio):

@@ -36,7 +36,7 @@ still pass, which proves that they compare nothing that varies by itself.
     7  TEXT         the source of mitogen_single.py as text
     8  PIPE         the core alone, in each Python found, over pipes
     9  FACE         install paths, ansible-doc, ad hoc, console, the file's own commands
-    10 SSH          options, passwords, keys; one connection per host
+    10 CONNECTIONS  ssh: options, passwords, keys; docker, chroot, nsenter; the user's own
     11 BECOME       sudo and su, with every kind of trouble
     12 MODULES      where they come from, how they run, how they die
     13 STYLES       old-style, WANT_JSON, binary; raw, script, async
@@ -184,10 +184,14 @@ def make_venv(path, core, with_mitogen):
         raise
 
 
+BUNDLED = ('ansible/posix', 'community/general', 'community/docker', 'community/libvirt', 'community/okd',
+           'containers/podman', 'kubernetes/core')
+
+
 def collections_path():
-    """A directory with ansible.posix and community.general, or None where PyPI is out of reach."""
+    """A directory with the collections of BUNDLED, or None where PyPI is out of reach."""
     path = os.path.join(CACHE, 'collections')
-    if not os.path.isdir(os.path.join(path, 'ansible_collections', 'ansible', 'posix')):
+    if not all(os.path.isdir(os.path.join(path, 'ansible_collections', name)) for name in BUNDLED):
         try:
             fetch_collections(path)
         except (RuntimeError, OSError) as error:
@@ -197,8 +201,8 @@ def collections_path():
 
 
 def fetch_collections(path):
-    """Take two collections out of the `ansible` wheel: 4 MB of 54, and no Galaxy server."""
-    wanted = ('ansible_collections/ansible/posix/', 'ansible_collections/community/general/')
+    """Take a few collections out of the `ansible` wheel: 6 MB of 54, and no Galaxy server."""
+    wanted = tuple('ansible_collections/%s/' % name for name in BUNDLED)
     with tempfile.TemporaryDirectory() as scratch:
         sh(os.path.join(venv(NEWEST), 'bin', 'pip'), 'download', '-q', '--no-deps', '-d', scratch, BUNDLE)
         with zipfile.ZipFile(glob.glob(os.path.join(scratch, '*.whl'))[0]) as wheel:
@@ -252,12 +256,15 @@ Match User msbare
 
 SUDOERS = '''
 Defaults:mslab,mspass,mstty logfile=%(root)s/sudo.log, loglinelen=0, !syslog
-Defaults:mspass lecture=always, timestamp_timeout=0
+Defaults:mspass lecture=always, timestamp_timeout=0, pwfeedback
 Defaults:mstty requiretty
 mslab ALL=(ALL) NOPASSWD: ALL
 mspass ALL=(ALL) ALL
 mstty ALL=(ALL) NOPASSWD: ALL
 '''
+
+DOAS_CONF = '/etc/doas.conf'
+DOAS_RULES = '# %s\npermit nopass mslab\npermit mspass\n' % MARK
 
 BARE_ROOT = '/home/msbare'      # sshd wants all of the path to be root's: no directory under /var/tmp will do
 BARE_PROGRAMS = 'sh cat id mkdir chmod hostname uname ls rm'
@@ -273,6 +280,7 @@ class Lab:
         self.password = None        # of every account
         self.port = None            # of the first sshd
         self.sshds = []             # every sshd that we started
+        self.docker = None          # a Docker, from the first test on that needs it
         self.lock = None            # held while the lab stands
         self.plays = 0              # counts the directories of plays
 
@@ -288,7 +296,7 @@ class Lab:
         return self
 
     def start(self):
-        install_packages()
+        install_packages(BASE_PACKAGES)
         self.take_lock()
         atexit.register(self.down)
         self.root = tempfile.mkdtemp(prefix='ms', dir='/var/tmp')
@@ -305,13 +313,28 @@ class Lab:
         root, self.root = self.root, None
         if root is None:
             return
-        for sshd in self.sshds:
-            sshd.stop()
+        for server in self.sshds + [self.docker] * bool(self.docker):
+            server.stop()
         if ROOT:
             remove_accounts()
             if os.path.exists(self.SUDOERS_FILE):
                 os.unlink(self.SUDOERS_FILE)
+            if os.path.exists(DOAS_CONF) and open(DOAS_CONF).read() == DOAS_RULES:
+                os.unlink(DOAS_CONF)
         shutil.rmtree(root, ignore_errors=True)
+
+    def tree(self):
+        """A root directory with a Python, a sudo and the accounts of the lab."""
+        if not os.path.exists(self.path('tree')):
+            make_tree(self.path('tree'))
+        return self.path('tree')
+
+    def container(self):
+        """A Docker of our own, with one container of that tree."""
+        if not self.docker:
+            install_packages({'dockerd': 'docker.io'})
+            self.docker = Docker(self)
+        return self.docker
 
     def take_lock(self):
         """Two runs at once would take each other's accounts away: the second one waits."""
@@ -332,6 +355,9 @@ class Lab:
             os.fchmod(file.fileno(), 0o440)
             file.write(SUDOERS % {'root': self.root})
         sh('visudo', '-c', '-q', '-f', self.SUDOERS_FILE)
+        if not os.path.exists(DOAS_CONF):
+            with open(DOAS_CONF, 'w') as file:
+                file.write(DOAS_RULES)
         self.write('sudo.log', '')
         self.write('banner', 'A banner of several lines.\n{"not": "a result"}\n')
         with open('/home/msnoisy/.bashrc', 'w') as file:
@@ -440,16 +466,99 @@ class Sshd:
             self.process.wait()
 
 
-def install_packages():
-    """Install what the lab lacks: on Debian, as root.  Elsewhere the user must."""
+class Docker:
+    """A dockerd in a directory of its own, with a container that only sleeps."""
+
+    NAME = 'ms1'
+
+    def __init__(self, lab):
+        self.place = lab.path('docker')
+        os.makedirs(self.place)
+        self.socket = 'unix://%s/socket' % self.place
+        argv = ['dockerd', '--iptables=false', '--ip6tables=false', '--bridge=none', '--storage-driver=vfs',
+                '--data-root', self.place + '/data', '--exec-root', self.place + '/exec', '-H', self.socket,
+                '-p', self.place + '/pid']
+        with open(self.place + '/log', 'ab') as log:
+            self.process = subprocess.Popen(['setpriv', '--pdeathsig', 'TERM'] + argv, stdin=subprocess.DEVNULL,
+                                            stdout=log, stderr=log, start_new_session=True)
+        wait_for(lambda: os.path.exists(self.place + '/socket'), 20, 'dockerd does not listen')
+        sh('tar', '-C', lab.tree(), '-cf', self.place + '/tree.tar', '.')
+        self.run('import', self.place + '/tree.tar', 'tree')
+        self.run('run', '-d', '--init', '--name', self.NAME, '--network', 'none', 'tree', 'sleep', 'infinity')
+        self.pid = int(self.run('inspect', '-f', '{{.State.Pid}}', self.NAME))
+
+    def run(self, *argv):
+        return sh('docker', '-H', self.socket, *argv)
+
+    def processes(self):
+        """The command lines in the container, but for its init and the sleep."""
+        mine = os.readlink('/proc/%d/ns/pid' % self.pid)
+        pids = [pid for pid in all_pids() if os.path.exists('/proc/%d/ns/pid' % pid)
+                and os.readlink('/proc/%d/ns/pid' % pid) == mine and not is_zombie(pid)]
+        lines = [proc(pid, 'cmdline').replace('\0', ' ') for pid in pids if pid != self.pid]
+        return [line for line in lines if not line.startswith('sleep infinity')]
+
+    def stop(self):
+        self.run('rm', '-f', self.NAME)
+        self.process.terminate()
+        self.process.wait()
+
+
+# What Ansible and its tests use of a Debian, and what that depends on: its files copied in half a second, where
+# debootstrap takes half a minute.
+
+TREE_PACKAGES = 'bash dash coreutils grep sed tar hostname util-linux login sudo'
+TREE_SETTINGS = ('passwd group shadow login.defs nsswitch.conf environment os-release ld.so.cache pam.d security '
+                 'sudoers sudoers.d')
+
+
+def make_tree(tree):
+    python = os.path.basename(os.path.realpath('/usr/bin/python3'))
+    packages = with_dependencies(TREE_PACKAGES.split() + [python + '-minimal', 'lib%s-stdlib' % python])
+    names = ['/usr/bin/python3', '/usr/bin/sh'] + ['/' + name for name in ('bin', 'sbin', 'lib', 'lib64')]
+    for name in sh('dpkg', '-L', *packages).splitlines():
+        name = os.path.join(os.path.realpath(os.path.dirname(name)), os.path.basename(name))
+        if os.path.lexists(name) and (os.path.islink(name) or not os.path.isdir(name)):
+            names.append(name)
+    for name in ('tmp', 'var/tmp', 'root', 'run', 'dev', 'proc', 'sys', 'etc') + tuple(
+            'home/' + name for name in ACCOUNTS):
+        os.makedirs(os.path.join(tree, name))
+    for name in ACCOUNTS:
+        shutil.chown(os.path.join(tree, 'home', name), name)
+    for name in ('tmp', 'var/tmp'):
+        os.chmod(os.path.join(tree, name), 0o1777)
+    for number, name in enumerate(('null', 'zero', 'random', 'urandom')):
+        sh('mknod', '-m', '666', os.path.join(tree, 'dev', name), 'c', '1', '3589'[number])
+    sh('cp', '-a', *['/etc/' + name for name in TREE_SETTINGS.split()], os.path.join(tree, 'etc'))
+    names = [name[1:] for name in set(names) if not name.startswith(('/usr/share/', '/etc/'))]
+    sh('tar', '-C', '/', '-cf', tree + '.tar', '-T', '-', input='\n'.join(names).encode())
+    sh('tar', '-C', tree, '-xf', tree + '.tar')
+
+
+def with_dependencies(packages):
+    lines = sh('dpkg-query', '-W', '-f', '${Package} ${Pre-Depends}, ${Depends}\n').splitlines()
+    needs = {line.split()[0]: re.findall(r'[, |] *([a-z0-9][a-z0-9.+-]+)(?=[ :,|]|$)', line) for line in lines}
+    found = set()
+    while packages:
+        name = packages.pop()
+        if name in needs and name not in found and name != 'debconf':       # which needs a Perl
+            found.add(name)
+            packages += needs[name]
+    return sorted(found)
+
+
+BASE_PACKAGES = {'sshd': 'openssh-server', 'ssh': 'openssh-client', 'sudo': 'sudo', 'rsync': 'rsync',
+                 'setfacl': 'acl', 'awk': 'mawk', 'unzip': 'unzip', 'doas': 'opendoas'}
+
+
+def install_packages(wanted):
+    """Install what is lacking: on Debian, as root.  Elsewhere the user must."""
     path = os.environ.get('PATH', '') + ':/usr/sbin'
-    wanted = {'sshd': 'openssh-server', 'ssh': 'openssh-client', 'sudo': 'sudo', 'rsync': 'rsync',
-              'setfacl': 'acl', 'awk': 'mawk', 'unzip': 'unzip'}
     lacking = [package for program, package in wanted.items() if not shutil.which(program, path=path)]
     if not (lacking and ROOT and shutil.which('apt-get')):
         return
     note('installing %s' % ' '.join(lacking))
-    quiet = dict(os.environ, DEBIAN_FRONTEND='noninteractive')
+    quiet = dict(os.environ, DEBIAN_FRONTEND='noninteractive', RUNLEVEL='1')    # which starts no service
     sh('apt-get', 'update', '-q', env=quiet)
     sh('apt-get', 'install', '-q', '-y', '--no-install-recommends', *lacking, env=quiet)
 
@@ -1811,7 +1920,7 @@ class RealSettings(Installed):
                 self.assertIn('nonsense', play.out + play.err)
 
 
-# 10 SSH ##########################################################################################
+# 10 CONNECTIONS ##################################################################################
 
 WHO = '''
 - hosts: all
@@ -1993,6 +2102,225 @@ class RealSsh(Real):
                              hosts={'t1': {'ansible_ssh_private_key_file': LAB.path('locked_key')}})
 
 
+TREE_BOOK = """
+- hosts: all
+  gather_facts: false
+  vars: {out: "/tmp/out.{{ inventory_hostname }}"}
+  tasks:
+    - {name: who, command: id -un}
+    - {name: raw, raw: "echo $0 $HOME; ls -d /home/msapp"}
+    - {name: place, file: {path: "{{ out }}", state: directory, mode: "0777"}}
+    - {name: write, copy: {content: "text", dest: "{{ out }}/file", mode: "0640"}}
+    - {name: read, fetch: {src: "{{ out }}/file", dest: fetched/}}
+    - {name: script, script: s.sh one}
+    - {name: fails, command: sh -c "echo err >&2; exit 3", ignore_errors: true}
+    - name: another with sudo
+      become: true
+      become_user: msapp
+      shell: id -un > {{ out }}/app; id -un
+    - name: another with su
+      become: true
+      become_user: msapp2
+      become_method: su
+      command: id -un
+    - {name: all, command: "ls -n {{ out }}"}
+"""
+
+# A connection plugin of the user's; what it does with a command follows.
+OWN_CONNECTION = """
+    DOCUMENTATION = '''
+        name: NAME
+        short_description: a connection plugin of the user
+        description: runs commands here, in some way
+        author: tests
+        options: {}
+    '''
+    import shlex, shutil
+    IMPORT
+    from ansible.plugins.connection import ConnectionBase
+    class Connection(ConnectionBase):
+        transport = 'NAME'
+        has_pipelining = PIPES
+        def _connect(self):
+            return self
+        def exec_command(self, cmd, in_data=None, sudoable=True):
+            super().exec_command(cmd, in_data=in_data, sudoable=sudoable)
+            RUN
+            return done.returncode, done.stdout, done.stderr
+        def put_file(self, in_path, out_path):
+            shutil.copyfile(in_path, out_path)
+        def fetch_file(self, in_path, out_path):
+            shutil.copyfile(in_path, out_path)
+        def close(self):
+            pass
+"""
+OWN_ARGV = "done = subprocess.run(%s + ['/bin/sh', '-c', cmd], input=in_data, capture_output=True)"
+OWN_CONNECTIONS = {     # name: can stock Ansible pipe into it, what it does, why something is left to stock Ansible
+    'prefixed': (True, OWN_ARGV % "['env', 'VIA=env']", []),
+    'sudoed': (True, OWN_ARGV % "['sudo', '-n', '-u', 'msapp']", []),
+    'in_a_shell': (True, "done = subprocess.run('cd /; sh -c ' + shlex.quote(cmd), shell=True, input=in_data, "
+                   "capture_output=True)", ['takes a command apart']),
+    'unpiped': (False, OWN_ARGV % """['sh', '-c', 'exec "$@" </dev/null', 'x']""", ['stdin is empty']),
+    'terminal': (False, "done = subprocess.run(['script', '-qec', '/bin/sh -c ' + shlex.quote(cmd), '/dev/null'], "
+                 "stdin=subprocess.DEVNULL, capture_output=True)", ['stdin is a terminal', 'takes a command apart']),
+    'buffered': (True, OWN_ARGV % """['sh', '-c', 'cat > /tmp/buf; "$@" < /tmp/buf', 'x']""", ['no answer for']),
+    'spoken_to': (False, "done = subprocess.run(['sh'], input=cmd.encode(), capture_output=True)",
+                  ['given the command']),
+    'programless': (False, "pipe = os.popen(cmd); out = pipe.read().encode(); done = types.SimpleNamespace("
+                    "returncode=(pipe.close() or 0) >> 8, stdout=out, stderr=b'')", ['no program']),
+}
+
+
+def own_connection(name):
+    pipes, run, _ = OWN_CONNECTIONS[name]
+    text = OWN_CONNECTION.replace('NAME', name).replace('PIPES', str(pipes)).replace('RUN', run)
+    return text.replace('IMPORT', 'import os, types' if name == 'programless' else 'import subprocess')
+
+
+# Stands for the command lines of container engines that are not here: what follows the last `--`, or from the first
+# /bin/sh on, is run here.
+FAKE_ENGINE = """#!/bin/bash
+echo "$(basename "$0") $*" >> LOG
+case "$(basename "$0") $*" in
+    jls*) echo j1 ioc-j2; exit;;
+    iocage*) echo j2; exit;;
+    podman*mount*|buildah*mount*) exit 1;;
+    podman*' cp '*) to="${@: -1}"; cp "${@: -2:1}" "${to#*:}"; exit;;
+esac
+while [ $# -gt 0 ] && [ "$1" != /bin/sh ]; do shift; done
+[ $# -eq 0 ] || exec "$@"
+"""
+ENGINES = {             # host: plugin, the name of its program
+    'podman': ('containers.podman.podman', 'podman'), 'buildah': ('containers.podman.buildah', 'buildah'),
+    'kubectl': ('kubernetes.core.kubectl', 'kubectl'), 'oc': ('community.okd.oc', 'oc'),
+    'lxd': ('community.general.lxd', 'lxc'), 'incus': ('community.general.incus', 'incus'),
+    'libvirt': ('community.libvirt.libvirt_lxc', 'virsh'),
+    'j1': ('community.general.jail', 'jexec'), 'j2': ('community.general.iocage', 'jexec'),
+}
+
+
+class RealConnections(Real):
+    every_core = True
+
+    @classmethod
+    def setUpClass(cls):
+        super().setUpClass()
+        if not ROOT:
+            raise unittest.SkipTest(without_root())
+        if not collections_path():
+            raise unittest.SkipTest('no collections: PyPI is out of reach')
+
+    def clean_tree(self):
+        for path in glob.glob(LAB.path('tree/tmp/out*')) + glob.glob(LAB.path('tree/*/.ansible')):
+            shutil.rmtree(path)
+        LAB.docker.run('exec', Docker.NAME, 'sh', '-c', 'rm -rf /tmp/out* /root/.ansible')
+
+    @newest
+    def test_docker_chroot_nsenter(self):
+        """One tree, three ways into it, and other accounts in it."""
+        docker = LAB.container()
+        hosts = {'c1': {'ansible_connection': 'docker', 'ansible_host': Docker.NAME, 'ansible_user': None},
+                 'c2': {'ansible_connection': 'community.general.chroot', 'ansible_host': LAB.tree()},
+                 'c3': {'ansible_connection': 'community.docker.nsenter', 'ansible_nsenter_pid': docker.pid,
+                        'ansible_host': 'c3'}}
+        self.clean_tree()
+        stock, ours = self.compare(
+            TREE_BOOK, hosts=hosts, files={'s.sh': '#!/bin/sh\necho "$# $1 $(pwd)"\n'}, args=['-v'],
+            env={'DOCKER_HOST': docker.socket}, pipelining=True, between=self.clean_tree)
+        wait_for(lambda: not docker.processes(), LEFTOVER_SECONDS, 'left in the container: %s' % docker.processes())
+        if self.ours:       # nsenter gives a raw command to a shell on this side
+            self.assertEqual(re.findall('<(.*)> stock Ansible runs this', ours.out), ['c3'], ours.tail())
+
+    @newest
+    def test_options_of_docker(self):
+        docker = LAB.container()
+        hosts = {'c1': {'ansible_connection': 'community.docker.docker', 'ansible_docker_host': Docker.NAME,
+                        'ansible_docker_extra_args': '-H ' + docker.socket, 'ansible_user': 'mslab',
+                        'ansible_docker_extra_env': {'VAR': 'a b'}, 'ansible_docker_working_dir': '/usr'}}
+        self.compare(tasks('shell: id -un; echo $VAR $HOME', 'raw: pwd; echo $VAR',
+                           '{command: id -un, become: true}'), hosts=hosts, pipelining=True)
+
+    @newest
+    def test_no_such_container(self):
+        docker = LAB.container()
+        hosts = {'c1': {'ansible_connection': 'community.docker.docker'}, 't1': {}}
+        env = {'DOCKER_HOST': docker.socket}
+        self.compare_failure(WHO, 'unreachable', 'c1|No such container', hosts=hosts, env=env)
+        self.compare(tasks('raw: id'), rc=2, hosts=hosts, env=env)
+
+    @newest
+    def test_no_such_directory(self):
+        hosts = {'/nowhere': {'ansible_connection': 'community.general.chroot', 'ansible_host': None}, 't1': {}}
+        self.compare_failure(WHO, None, 'not a directory', hosts=hosts)
+
+    @newest
+    def test_engines_that_are_not_here(self):
+        """Every plugin that spawns a command line: one of them for a whole play, by the plugin's own options."""
+        hosts, files = {}, {}
+        for host, (plugin, program) in ENGINES.items():
+            hosts[host] = {'ansible_connection': plugin, 'ansible_host': host, 'ansible_user': 'root'}
+            for name in (program, 'jls', 'iocage'):
+                files['bin/' + name] = FAKE_ENGINE.replace('LOG', LAB.path('engines.log'))
+        hosts['kubectl'].update(ansible_kubectl_container='box', ansible_kubectl_config={'kind': 'Config'},
+                                ansible_kubectl_extra_args='--v=1')
+        LAB.write('engines.log', '')
+        os.makedirs(os.path.join(LAB.root, 'bin'), exist_ok=True)
+        book = tasks('command: id -un', 'stat: {path: /etc/hostname}',
+                     '{shell: echo out; exit 3, ignore_errors: true}')
+        for name, text in files.items():
+            LAB.write(name, text)
+            os.chmod(LAB.path(name), 0o755)
+        path = '%s:%s' % (LAB.path('bin'), '/usr/sbin:/usr/bin:/sbin:/bin')
+        self.compare(book, hosts=hosts, env={'PATH': path}, pipelining=True, without=('deprecations',),
+                     between=lambda: LAB.write('engines.log', ''))
+        calls = [line for line in LAB.read('engines.log').splitlines() if '/bin/sh' in line]
+        if self.ours:
+            self.assertEqual(sorted(line.split()[0] for line in calls),
+                             sorted(program for plugin, program in ENGINES.values()))
+
+    def test_plugins_of_the_user(self):
+        hosts = {name: {'ansible_connection': name, 'ansible_host': name, 'ansible_user': None}
+                 for name in OWN_CONNECTIONS}
+        files = {'connection_plugins/%s.py' % name: own_connection(name) for name in OWN_CONNECTIONS}
+        book = tasks('{shell: "echo $VIA; id -un", ignore_errors: true}', '{raw: id -un, ignore_errors: true}',
+                     '{stat: {path: /etc/hostname}, ignore_errors: true}')
+        stock, ours = self.compare(book, hosts=hosts, files=files, args=['-v'], pipelining=True, env={
+            'ANSIBLE_CONNECTION_PLUGINS': 'connection_plugins', 'MITOGEN_SINGLE_BOOT_TIMEOUT': '3',
+            'ANSIBLE_TIMEOUT': '1'})
+        for name, (_, _, reasons) in OWN_CONNECTIONS.items() if self.ours else ():
+            said = re.findall('<%s> stock Ansible runs this, there is no agent: (.*)' % name, ours.out)
+            self.assertEqual(len(said), len(reasons), said)
+            self.assertTrue(all(reason in line for reason, line in zip(reasons, said)), said)
+
+    @newest
+    def test_plugins_that_raise(self):
+        files = {'connection_plugins/raising.py': own_connection('prefixed').replace(
+                     'done =', 'raise ValueError("it will not"); done =').replace('prefixed', 'raising'),
+                 'connection_plugins/broken.py': 'this is no Python\n'}
+        hosts = {'t1': {}, 't2': {'ansible_connection': 'raising'}, 't3': {'ansible_connection': 'broken'},
+                 't4': {'ansible_connection': 'nosuch'}}
+        self.compare_failure(WHO, None, '.', hosts=hosts, files=files,
+                             env={'ANSIBLE_CONNECTION_PLUGINS': 'connection_plugins'})
+
+    @newest
+    def test_python_comes_by_raw(self):
+        """Where there is no Python shell commands run, and once one of them has brought it modules do."""
+        tree = LAB.tree()
+        python = os.path.basename(os.path.realpath('/usr/bin/python3'))
+        here, there = os.path.join(tree, 'root', python), os.path.join(tree, 'usr/bin', python)
+        hosts = {'c1': {'ansible_connection': 'community.general.chroot', 'ansible_host': tree}}
+        os.rename(there, here)
+        try:
+            self.compare(tasks(
+                'raw: id -un', 'script: s.sh', '{command: id -un, ignore_errors: true}',
+                'raw: mv /root/%s /usr/bin' % python, 'command: id -un', '{command: id -un, become: true}'),
+                hosts=hosts, files={'s.sh': '#!/bin/sh\npwd\n'}, pipelining=True, without=TEXTS,
+                between=lambda: os.rename(there, here))
+        finally:
+            if os.path.exists(here):
+                os.rename(here, there)
+
+
 # 11 BECOME ######################################################################################
 
 BECOME_WHO = '''
@@ -2035,6 +2363,46 @@ OWN_BECOME = '''
             if not cmd:
                 return cmd
             return ' '.join(['sudo -H -n -u', self.get_option('become_user'), self._build_success_command(cmd, shell)])
+    '''
+
+
+# Stands for the become programs that are not here, and speaks as they do: on the terminal, with -S on stdin.
+FAKE_BECOME = '''#!/usr/bin/python3
+import getpass, os, sys
+name, words = os.path.basename(sys.argv[0]), sys.argv[1:]
+prompt, failure = {
+    'dzdo': ('', 'Sorry, try again.'),
+    'pbrun': ('Password:', 'no'),
+    'pfexec': ('', ''),
+    'ksu': ('Kerberos password for me@HERE: ', 'Password incorrect'),
+    'pmrun': ('Enter UPM user password:', 'no'),
+    'sesu': ('Please enter your password:', 'Sorry, try again with sesu.'),
+    'su': ('Mot de passe\\xa0: ', 'su: Authentication failure'),
+    'sesame': ('Who knows? ', 'Not you'),
+    'podman': ('', ''),
+}[name]
+if '-p' in words:
+    prompt = words[words.index('-p') + 1]
+if '-S' in words and prompt:
+    os.write(2, prompt.encode())
+    answer = sys.stdin.buffer.raw.readline().decode().strip()
+else:
+    answer = getpass.getpass(prompt) if prompt else None
+if answer not in (None, 'PASSWORD'):
+    sys.exit(failure)
+user = 'msapp' if any(word.endswith('msapp') for word in words) else 'root'
+command = words[words.index('/bin/sh'):] if '/bin/sh' in words else ['/bin/sh', '-c', words[-1]]
+command = ['sudo', '-n', '-u', user] + command if name != 'podman' else command
+os.execvp(command[0], command)
+'''
+PROMPTING = 'dzdo pbrun ksu pmrun sesu'.split()
+SESAME = OWN_BECOME.replace('mybecome', 'sesame').replace('''
+            super()''', '''
+            self.prompt = 'Who'
+            super()''').replace("'sudo -H -n -u'", "self.get_option('become_exe')") + '''
+        fail = ('Not you',)
+        def check_password_prompt(self, b_output):
+            return b'Who knows?' in b_output
     '''
 
 
@@ -2107,6 +2475,98 @@ class RealBecome(Real):
         self.compare(book, files={'become_plugins/mybecome.py': OWN_BECOME},
                      sudos={'root': 1, 'msapp': 1},
                      env={'ANSIBLE_BECOME_PLUGINS': 'become_plugins'})
+
+    def by_method(self, methods, **more):
+        """A host for each become plugin whose program FAKE_BECOME is."""
+        hosts = {}
+        os.makedirs(LAB.path('become'), exist_ok=True)
+        for method in methods:
+            program = method.rpartition('.')[2]
+            LAB.write('become/' + program, FAKE_BECOME.replace('PASSWORD', LAB.password))
+            os.chmod(LAB.path('become', program), 0o755)
+            hosts[program] = dict({'ansible_become': True, 'ansible_become_method': method,
+                                   'ansible_become_exe': LAB.path('become', program),
+                                   'ansible_become_user': 'msapp', 'ansible_become_password': LAB.password}, **more)
+        return hosts
+
+    METHODS = ['community.general.' + name for name in PROMPTING + ['pfexec']] + ['ansible.builtin.su', 'sesame']
+    OWN = {'files': {'become_plugins/sesame.py': SESAME}, 'env': {'ANSIBLE_BECOME_PLUGINS': 'become_plugins'}}
+
+    def needs_collections(self):
+        if not collections_path():
+            self.skipTest('no collections: PyPI is out of reach')
+
+    @newest
+    def test_programs_that_are_not_here(self):
+        """Each speaks another dialogue, which only its plugin knows."""
+        self.needs_collections()
+        stock, ours = self.compare(tasks('command: id -un', 'stat: {path: /etc/hostname}'), args=['-v'],
+                                   hosts=self.by_method(self.METHODS), pipelining=False, **self.OWN)
+        self.assertNotIn('stock Ansible runs this', ours.out)
+
+    @newest
+    def test_wrong_passwords(self):
+        self.needs_collections()
+        methods = [name for name in self.METHODS if not name.endswith('pfexec')]
+        hosts = self.by_method(methods, ansible_become_password='nonsense')
+        self.compare(tasks('{command: id -un, ignore_errors: true}'), hosts=hosts, pipelining=False, without=TEXTS,
+                     **self.OWN)
+
+    @newest
+    def test_password_that_nobody_gave(self):
+        """Stock Ansible waits for an answer for ever."""
+        self.needs_plugin()
+        play = self.run_ours(WHO, hosts=dict(self.by_method(['su'], ansible_become_password=None), t1={}),
+                             env={'ANSIBLE_TIMEOUT': '1'})
+        self.assertEqual((play.status('who', 'su'), play.status('module', 't1')), ('unreachable', 'ok'), play.tail())
+        self.assertRegex(play.result('who', 'su')['msg'], 'privilege escalation prompt.*Mot de passe')
+
+    def test_doas(self):
+        self.needs_collections()
+        hosts = {'free': {}, 'asked': {'ansible_user': 'mspass', 'ansible_become_password': LAB.password}}
+        for host in hosts.values():
+            host.update(ansible_become_method='community.general.doas')
+        self.compare(self.book(BECOME_WHO.replace('OUT', self.out + '/{{ inventory_hostname }}').replace(
+            'path: ', 'path: "').replace(', state', '", state').replace('dest: ', 'dest: "').replace('/mine}', '/mine"}')),
+            hosts=hosts, logins={'mslab': 1, 'mspass': 1})
+
+    @newest
+    def test_doas_with_a_wrong_password(self):
+        self.needs_collections()
+        hosts = {'t1': {'ansible_user': 'mspass', 'ansible_become_password': 'nonsense',
+                        'ansible_become_method': 'community.general.doas'}}
+        self.compare_failure(self.book(), None, '(?i)incorrect|authentication failed', hosts=hosts)
+
+    @newest
+    def test_sudosu(self):
+        self.needs_collections()
+        hosts = {'free': {}, 'asked': {'ansible_user': 'mspass', 'ansible_become_password': LAB.password}}
+        for host in hosts.values():
+            host.update(ansible_become_method='community.general.sudosu', ansible_become=True, ansible_become_user='msapp')
+        self.compare(tasks('command: id -un', 'shell: pwd'), hosts=hosts, pipelining=False,
+                     logins={'mslab': 1, 'mspass': 1})
+
+    @newest
+    def test_podman_unshare(self):
+        self.needs_collections()
+        hosts = self.by_method(['containers.podman.podman_unshare'], ansible_connection='local',
+                               ansible_become_user='root')
+        path = '%s:/usr/sbin:/usr/bin:/sbin:/bin' % LAB.path('become')
+        self.compare(tasks('command: id -un', 'stat: {path: /etc/hostname}'), hosts=hosts, env={'PATH': path})
+
+    @newest
+    def test_forwarded_agent(self):
+        """With -E an ssh-agent that was forwarded is there for the become account too."""
+        socket_path = LAB.path('agent')
+        agent = subprocess.Popen(['ssh-agent', '-D', '-a', socket_path], stdout=subprocess.DEVNULL)
+        try:
+            wait_for(lambda: os.path.exists(socket_path), 5, 'no ssh-agent')
+            hosts = {'t1': {'ansible_ssh_extra_args': '-o ForwardAgent=yes', 'ansible_become_flags': '-H -S -n -E'}}
+            self.compare(tasks('{command: ssh-add -l, become: true, failed_when: false}'), hosts=hosts,
+                         env={'SSH_AUTH_SOCK': socket_path}, without=('stderr', 'stderr_lines'))
+        finally:
+            agent.terminate()
+            agent.wait()
 
     @newest
     def test_flags_and_executable(self):
@@ -3013,35 +3473,6 @@ class RealMemoryOfGigabytes(RealMemory):
 
 # 15 CONTROL #####################################################################################
 
-OWN_CONNECTION = '''
-    DOCUMENTATION = """
-        name: mine
-        short_description: runs commands here
-        description: a connection plugin of the user
-        author: tests
-        options: {}
-    """
-    import shutil, subprocess
-    from ansible.plugins.connection import ConnectionBase
-    class Connection(ConnectionBase):
-        transport = 'mine'
-        has_pipelining = True
-        def _connect(self):
-            self._connected = True
-            return self
-        def exec_command(self, cmd, in_data=None, sudoable=True):
-            super().exec_command(cmd, in_data=in_data, sudoable=sudoable)
-            done = subprocess.run(['/bin/sh', '-c', cmd], input=in_data or b'', capture_output=True)
-            return done.returncode, done.stdout, done.stderr
-        def put_file(self, in_path, out_path):
-            shutil.copy(in_path, out_path)
-        def fetch_file(self, in_path, out_path):
-            shutil.copy(in_path, out_path)
-        def close(self):
-            self._connected = False
-    '''
-
-
 COUNTER = '''
     #!/usr/bin/python
     from ansible.module_utils.basic import AnsibleModule
@@ -3341,15 +3772,6 @@ class RealControl(Real):
             self.remove_control(play)
             server.stop()
         self.assertEqual(*results)
-
-    def test_other_connections_are_left_alone(self):
-        """A connection plugin of the user's own, in the same play as ours: it runs here, as root, and so in a home
-        of its own."""
-        files = {'connection_plugins/mine.py': OWN_CONNECTION}
-        self.compare(WHO + '    - copy: {content: "x", dest: "/tmp/mitogen_single_test_{{ inventory_hostname }}"}\n'
-                     '    - file: {path: "/tmp/mitogen_single_test_{{ inventory_hostname }}", state: absent}\n',
-                     hosts={'t1': {}, 'm1': {'ansible_connection': 'mine', 'ansible_user': None}}, files=files,
-                     env={'ANSIBLE_CONNECTION_PLUGINS': 'connection_plugins'}, logins={LAB.login: 1})
 
     @newest
     def test_dynamic_inventory(self):
