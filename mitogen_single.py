@@ -5,18 +5,20 @@ Copy it into a callback_plugins directory, beside the playbook or as ansible.cfg
 0 THE MAP
 
     ansible-playbook
-     |-- main process: the stock strategy, results, callbacks
-     |-- workers: stock WorkerProcess forks, one a (task, host) ----.   a socket each, handed over at the broker's door
-     `-- broker: one event loop, owns every link <-----------------'
+     |-- main thread: the stock strategy, results, callbacks -----------.
+     |-- worker threads, one a (task, host), which take turns ----------|   a socket each, handed over at the
+     |-- forked workers for what must not share the process ------------|   broker's door
+     `-- broker: a process with one event loop, owns every link <-------'
           |-- ssh web1 -- agent lab@web1 --+-- child: a fork of the agent for each module run
           |                                `-- sudo -- agent root@web1 -- child ...
+          |-- docker exec c1 -- agent root@c1 -- child ...
           `-- agent of connection: local
 
-An agent is one Python process per (host, connection, account, interpreter). It starts from a text of 11 kB, keeps the
+An agent is one Python process per (host, connection, account, interpreter). It starts from a text of 12 kB, keeps the
 sources of modules in RAM, and forks a child for each module run. The life of a task:
 
- 1. The stock strategy forks a worker. Ansible's TaskExecutor asks for a connection and gets our Connection: the stock
-    plugin's own instance with a few methods of ours in front (§3, §5).
+ 1. The stock strategy starts a worker: ours is a thread that has the baton (§4). Ansible's TaskExecutor asks for a
+    connection and gets our Connection: the stock plugin's own instance with a few methods of ours in front (§3, §5).
  2. The action plugin calls _execute_module. Ansible's builder makes the AnsiballZ wrapper, with a table of contents in
     the place of the zip (§6). That is our Payload.
  3. Connection.exec_command sees the Payload and asks the broker, through the worker's Client (§7), to run it in the
@@ -36,8 +38,8 @@ Where does my line go?
     1  FACE             version, documentation, tunables
     2  STRATEGY         how Ansible, wherever it finds this file, comes to run plays our way
     3  PATCHES          the table of what we change in Ansible
-    4  WORKERS          the broker is there before the first worker is
-    5  CONNECTION       exec_command, put_file, fetch_file, reset
+    4  WORKERS          threads that take turns; which tasks may; items of a loop that run ahead
+    5  CONNECTION       exec_command, put_file, fetch_file, reset; temporary directories
     6  PAYLOADS         what Ansible's module builder made: a table of contents, the parameters; kept across runs
     7  CLIENT           a worker's end of the broker's socket
     8  BROKER           owns the links, connects once, knows which agent has which sources
@@ -1516,7 +1518,7 @@ def place_for(action):
 
 
 def has_own_files(connection):
-    return is_carried(connection) and connection.transport != 'local'
+    return is_carried(connection) and Carrier(connection).leads_away
 
 
 # The question that Ansible asks before each command.
