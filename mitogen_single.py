@@ -894,12 +894,12 @@ class LoopItem(threading.Thread):
             self.is_done.set()
             self.lane.finish(error)
 
-    # A request is about to be sent along this route. Where it may leave in front of earlier answers, its lane is told
-    # in the request; otherwise all that went before is done when this returns.
+    # A request is about to be sent along this route; None: it is more than a frame. Where it may leave in front of
+    # earlier answers, its lane is told in the request; otherwise all that went before is done when this returns.
     def may_go_ahead(self, route):
-        if self.is_on_its_way or self.lane.ahead == 1 or self.lane.route not in (None, route):
+        if not route or self.is_on_its_way or self.lane.ahead == 1 or self.lane.route not in (None, route):
             self.wait_for_turn()
-        if self.is_on_its_way or self.lane.ahead == 1:
+        if not route or self.is_on_its_way or self.lane.ahead == 1:
             self.lane.ahead = 1             # a second request: items behind it must not have been sent yet
             return False
         self.lane.route = route
@@ -1282,8 +1282,6 @@ class Carrier:
                 return self.ask(head, body, **more)
             except NotConnected:
                 self.connect_all(account, interpreter)
-                if 'source' in more:
-                    more['source'].seek(0)
                 return self.ask(head, body, **more)
         except (LinkLost, NotConnected) as e:
             raise AnsibleConnectionFailure('%s: the connection was lost: %s' % (self.where(), e))
@@ -1307,7 +1305,7 @@ class Carrier:
         if place and place.posted:
             return client().call(place.after_posted(head), body, meanwhile=place.settle, **more)
         try:
-            if item and item.may_go_ahead(route_of(head)) and len(body) <= CHUNK:
+            if item and item.may_go_ahead(route_of(head) if len(body) <= CHUNK else None):
                 return client().call(dict(head, lane=item.lane.name), body, meanwhile=item.sent, **more)
         except (NotConnected, LinkLost):
             item.lane.ahead = 1
