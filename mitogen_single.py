@@ -1497,7 +1497,8 @@ def making_tmp_path(make_tmp_path):
     return patched_make
 
 
-# None where Ansible is to do it: for files that somebody wants to see, for a path that only a shell can tell.
+# None where Ansible is to do it: where no agent is, for files that somebody wants to see, for a path that only a shell
+# can tell.
 def place_for(action):
     connection = action._connection
     if (not has_own_files(connection) or connection._wants_files or C.DEFAULT_KEEP_REMOTE_FILES
@@ -1508,15 +1509,14 @@ def place_for(action):
         shared = action.get_shell_option('system_tmpdirs', default=['/var/tmp', '/tmp'])
         base = base if base in shared else shared[0].rstrip('/')
     name, slash, rest = base.partition('/')
-    if name == '~':
-        name = home_for(action, becomes(action))
-    folder = '%s/%s' % (name, rest)
-    if re.fullmatch(r'(/[\w.@%+=:,-]+)+', folder):
+    home = home_for(action, becomes(action))
+    folder = '%s/%s' % (home if name == '~' else name, rest)
+    if home is not None and re.fullmatch(r'(/[\w.@%+=:,-]+)+', folder):
         return Place('%s/%s' % (folder, connection._shell._generate_temp_dir_name()), becomes(action))
 
 
 def has_own_files(connection):
-    return is_carried(connection) and Carrier(connection).leads_away
+    return is_carried(connection) and leads_away(identity_of(connection))
 
 
 # The question that Ansible asks before each command.

@@ -2334,7 +2334,7 @@ BECOME_WHO = '''
       file: {path: OUT, state: directory, owner: msapp, mode: "0777"}
     - name: another
       become_user: msapp
-      copy: {content: "mine\\n", dest: OUT/mine}
+      copy: {content: "mine\\n", dest: OUT/mine, mode: "0644"}
     - name: not at all
       become: false
       command: id -un
