@@ -2008,7 +2008,7 @@ class HopFailed(Exception):
 
 # How a program that did not become an agent ended: its exit code, or what was done to it.
 def end_of(head):
-    return head.get('code') if head['kind'] == 'exit' else head['kind']
+    return head.get('code') if head.get('kind') == 'exit' else head.get('kind')
 
 
 class LoginRefused(Exception):
@@ -2053,6 +2053,7 @@ def keep_client(worker):
 class Client:
     def __init__(self, door):
         self.sock, theirs = socket.socketpair()
+        self.sock.settimeout(None)              # whatever some plugin made the default
         self.pid = os.getpid()
         self.outbox = b''
         self.numbers = itertools.count(1)       # of requests
@@ -2091,10 +2092,8 @@ class Client:
         return request
 
     def settle(self, request):
-        try:
+        with self.asking(request):
             return self.reply(request)
-        finally:
-            del self.frames[request]
 
     # A request whose answer nobody waits for.
     def tell(self, head):
@@ -2180,17 +2179,20 @@ class Client:
             self.receive(request)
 
     # A request that is given up halfway leaves frames behind that belong to nobody: the line is closed, which also
-    # tells the broker to give it up.
+    # tells the broker to give it up. What cannot be an answer comes from a target that is broken or hostile.
     @contextlib.contextmanager
-    def asking(self):
-        request = next(self.numbers)
-        self.frames[request] = collections.deque()
+    def asking(self, posted=None):
+        request = posted or next(self.numbers)
+        self.frames.setdefault(request, collections.deque())
         try:
             yield request
         except CallFailed as e:
             if isinstance(e, BrokerGone):
                 self.close()
             raise
+        except (ProtocolError, LookupError, TypeError, RecursionError, zlib.error) as e:
+            self.close()
+            raise LinkLost('malformed answer (%s)' % describe(e))
         except BaseException:
             self.close()
             raise
@@ -2574,7 +2576,8 @@ class Broker:
             return      # closed meanwhile
         if link.stream is not stream:
             raise ProtocolError('an agent spoke for another one')
-        if kind == DOWN:
+        # Only of an agent behind another one: the end of the first shows in its stream.
+        if kind == DOWN and link.parent:
             return self.link_is_down(link, unpack(payload)[0]['text'])
         asked = self.requests.get(request)
         if not asked:
@@ -3371,6 +3374,7 @@ PY2 = sys.version_info[0] == 2
 now = time.time if PY2 else time.monotonic
 HEADER = struct.Struct('>BBIII')    # kind, flags, node, request, bytes of payload
 MAX_FRAME = 16 << 20                # a longer one is a protocol error: whoever sends it is broken or hostile
+MAX_HEAD = 1 << 20                  # bytes of JSON that we parse: the objects it makes take twenty times as many
 CHUNK = 128 << 10                   # bytes of file or output per DATA: small ones cost CPU, large ones delay others
 PIPE = 64 << 10                     # bytes that a pipe holds at first
 F_SETPIPE_SZ = 1031                 # Linux; Python knows its name since 3.10
@@ -3412,7 +3416,7 @@ def pack(head, body=b''):
 def unpack(payload):
     try:
         size, = struct.unpack_from('>I', payload)
-        head = json.loads(bytes(payload[4:4 + size]).decode('ascii'))
+        head = json.loads(bytes(payload[4:4 + min(size, MAX_HEAD)]).decode('ascii'))
     except (struct.error, ValueError):
         raise ProtocolError('malformed header')
     if not isinstance(head, dict):
@@ -3681,13 +3685,14 @@ class Stream(object):
                 at += HEADER.size + size
                 payload = data[at - size:at]
                 self.receive(self, kind, node, request, self.inflate(payload) if flags else payload)
-        except (ProtocolError, zlib.error) as e:
+        except (ProtocolError, RuntimeError, zlib.error) as e:
+            # A RuntimeError says that JSON is nested too deeply.
             self.close('protocol error: %s' % e)
         self.inbox = [data[at:]]
 
     def inflate(self, payload):
         data = self.inflater.decompress(payload, MAX_FRAME)
-        if self.inflater.unconsumed_tail:
+        if self.inflater.unconsumed_tail or self.inflater.unused_data:
             raise ProtocolError('a frame is too long')
         return data
 

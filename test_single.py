@@ -1677,6 +1677,175 @@ class PipeWindow(unittest.TestCase):
         self.assertGreater(wire.run(sender, 10)[0], 0.8e7)
 
 
+# What a hostile target may send, to a real Broker in a process of its own: three agents, of which the second is behind
+# the first; the first one speaks garbage while requests to all of them, and a hop, are open.
+GARBAGE = r'''
+import json, os, random, resource, socket, struct, sys, zlib
+import mitogen_single as ms
+
+class Garbage:
+    def __init__(self, number):
+        self.random = random.Random(number)
+        self.broker = ms.Broker(socket.socketpair()[0])
+        self.streams = [self.stream(self.broker.from_agent) for _ in range(2)]
+        self.clients = [self.stream(self.broker.from_client) for _ in range(3)]
+        for client, _ in self.clients:
+            client.closed = self.broker.client_gone
+            self.broker.clients[client] = {}
+        hello = dict(user='u', names=['/usr/bin/python3'], python=[3, 9, 1], executable='/usr/bin/python3')
+        for key, parent, stream in (('bad', None, 0), ('behind', 'bad', 0), ('good', None, 1)):
+            link = ms.Link(next(self.broker.serial), dict(key=key, spec={}), self.broker.links.get(parent), None)
+            link.hello, link.stream = hello, self.streams[stream][0]
+            self.broker.links[key] = self.broker.numbers[link.number] = link
+        bad = self.broker.links['bad']
+        self.streams[0][0].closed = lambda stream, why: self.broker.link_is_down(bad, why)
+        for which, key in enumerate(('bad', 'good')):
+            self.ask(which, 1, dict(call='exec', to=[key], interpreter=None))
+        self.ask(2, 1, dict(call='open', key='hop', parent='bad', spec={}))
+        self.ask(0, 2, dict(call='exec', to=['behind'], interpreter=None))
+
+    # A stream of the broker's, and our end of it.
+    def stream(self, receive):
+        ours, theirs = socket.socketpair()
+        fd = ms.private(theirs.detach())
+        stream = ms.Stream(self.broker.loop, fd, fd, receive, lambda stream, why: None)
+        stream.listen()
+        ours.setblocking(False)
+        return stream, ours
+
+    def ask(self, client, request, head):
+        stream = self.clients[client][0]
+        stream.receive(stream, ms.CALL, 0, request, ms.pack(head))
+
+    # Like what an agent may say, then spoiled.
+    def frame(self):
+        rnd = self.random
+        kind = rnd.choice((ms.DATA, ms.ACK, ms.REPLY, ms.FAIL, ms.DOWN, ms.HELLO, ms.CALL, ms.BLOBS,
+                           rnd.randrange(256)))
+        head = rnd.choice(({'rc': 0}, {'kind': 'lost', 'text': 'x'}, {'text': 'gone'}, {'user': 'u', 'names': ['p']},
+                           {'names': [1]}, {'names': None, 'user': None}, {}, [], 1, None,
+                           {'kind': ['lost'], 'text': {}}, {'rc': 10 ** 4000},
+                           {'text': '\ud800', 'kind': '\udcff'}, {'rc': float('nan')}))
+        text = rnd.choice((lambda: json.dumps(head).encode(),) * 6 + (lambda: b'[' * 100000, lambda: b'{"a":' * 50000,
+                           lambda: b'\xff' * 9, lambda: b'"' + b'9' * 100000, lambda: b'9' * 9999))()
+        size = rnd.choice((len(text),) * 9 + (0, 1 << 31, len(text) + 1))
+        payload = rnd.choice((lambda: struct.pack('>I', size) + text + b'body',) * 6 + (
+            lambda: rnd.randbytes(rnd.randrange(40)), lambda: b'', lambda: b'\1' * rnd.randrange(200000)))()
+        flags = rnd.choice((0,) * 9 + (1, rnd.randrange(256)))
+        if flags == 1:
+            payload = rnd.choice((lambda: zlib.compress(payload), lambda: zlib.compress(bytes(40 << 20), 1) if
+                                  rnd.random() < 0.02 else b'x', lambda: payload))()
+        size = rnd.choice((len(payload),) * 19 + (0, 1 << 24, (1 << 24) + 1, (1 << 32) - 1, len(payload) // 2))
+        return ms.HEADER.pack(kind, flags, rnd.choice((1,) * 9 + (2, 3, 99)), rnd.choice((4, 7) * 4 + (0, 5, 6, 8, 9)),
+                              size) + payload
+
+    def run(self):
+        frames = [self.frame() for _ in range(self.random.randrange(1, 9))]
+        text = b''.join(frames + frames[:self.random.randrange(2)])
+        for _ in range(self.random.randrange(3)):
+            at = self.random.randrange(len(text))
+            text = text[:at] + bytes([self.random.randrange(256)]) + text[at + 1:]
+        bad = self.streams[0][0]
+        for piece in [text[at:at + 100000] for at in range(0, len(text), 100000)]:
+            if bad.open:
+                bad.feed(piece)
+        assert sum(map(len, bad.inbox)) <= ms.MAX_FRAME + 300000
+        assert bad.open == ('bad' in self.broker.links), 'a link without a stream, or the other way round'
+        self.heard(0), self.heard(2)
+        assert self.heard(1) == [], 'a reply was credited to another request'
+        good = self.broker.links['good']
+        ours = [ours for ours, asked in self.broker.requests.items() if asked.link is good]
+        self.streams[1][0].feed(ms.HEADER.pack(ms.REPLY, 0, good.number, ours[0], 10) + ms.pack({}) + b'good')
+        assert self.heard(1) == [(ms.REPLY, 1, ms.pack({}) + b'good')], 'another link was harmed'
+        self.ask(2, 2, dict(call='open', key='hop', parent='bad', spec={}, believed=[]))
+        for stream, ours in self.streams + self.clients:
+            stream.close('the end')
+            ours.close()
+        os.close(self.broker.loop.wake), os.close(self.broker.loop.waker)
+
+    # What a client was told: frames of its own requests, at most one answer each.
+    def heard(self, client):
+        stream, ours = self.clients[client]
+        frames, data = [], b''
+        while stream.open and (stream.rest or stream.prompt or stream.queues):
+            stream.flush()
+            try:
+                data += ours.recv(1 << 24)
+            except BlockingIOError:
+                break
+        while data:
+            kind, _, _, request, size = ms.HEADER.unpack_from(data)
+            frames.append((kind, request, data[ms.HEADER.size:ms.HEADER.size + size]))
+            data = data[ms.HEADER.size + size:]
+        assert all(request in ((1, 2), (1,), (1,))[client] for _, request, _ in frames)
+        answers = [request for kind, request, _ in frames if kind in (ms.REPLY, ms.FAIL)]
+        assert len(answers) == len(set(answers))
+        return frames
+
+for number in range(int(sys.argv[1]), int(sys.argv[2])):
+    try:
+        Garbage(number).run()
+    except BaseException:
+        print('stream', number)
+        raise
+print('peak', resource.getrusage(resource.RUSAGE_SELF).ru_maxrss >> 10)
+'''
+
+
+# The same for a Client, which gets from the broker what an agent answered. Some plugin has set a timeout for sockets.
+MALFORMED = r'''
+import socket, struct, threading, zlib
+import mitogen_single as ms
+
+socket.setdefaulttimeout(0.01)
+door, broker = socket.socketpair()
+
+def answered(kind, payload, ask):
+    client = ms.Client(door)
+    theirs = socket.socket(fileno=socket.recv_fds(broker, 1, 1)[1][0])
+    theirs.settimeout(None)
+    text = ms.HEADER.pack(kind, 0, 0, 1, len(payload)) + payload
+    threading.Timer(0.03, theirs.sendall, [text]).start()
+    try:
+        return ask(client), client.sock
+    except ms.LinkLost as e:
+        return str(e).split(' (')[0], client.sock
+
+def head(text):
+    return struct.pack('>I', len(text)) + text
+
+for ask in (lambda client: client.call({}), lambda client: client.settle(client.post({}, b''))):
+    said, sock = answered(ms.REPLY, ms.pack({'rc': 0}), ask)
+    assert said == {'rc': 0} and sock, said
+    for kind, payload in (
+            (ms.REPLY, b''), (ms.REPLY, head(b'[]')), (ms.REPLY, head(b'{"a":' * 100000)),
+            (ms.REPLY, ms.pack({'a': 'a' * (1 << 20)})), (ms.FAIL, ms.pack({})), (ms.FAIL, ms.pack({'kind': 'lost'})),
+            (ms.FAIL, ms.pack({'kind': [], 'text': 'x'})), (ms.DATA, b''), (ms.DATA, b'\1x'), (ms.ACK, b'')):
+        assert answered(kind, payload, ask) == ('malformed answer', None), (kind, payload[:40])
+
+fd = ms.private(door.fileno())
+try:
+    ms.Stream(ms.Loop(), fd, fd, None, None).inflate(zlib.compress(b'x') + b'y')
+except ms.ProtocolError:
+    print('refused')
+'''
+
+
+class PipeGarbage(unittest.TestCase):
+    COUNT = 3000
+
+    def test_malformed_answers(self):
+        said = sh(os.path.join(venv(NEWEST), 'bin', 'python'), '-c', MALFORMED, cwd=HERE)
+        self.assertEqual(said, 'refused\n')
+
+    def test_a_hostile_target_harms_nobody_else(self):
+        """Another slice of all mutated streams on each day: a failure names the one that did it."""
+        first = int(time.time()) // 86400 * self.COUNT % 10 ** 6
+        said = sh(os.path.join(venv(NEWEST), 'bin', 'python'), '-c', GARBAGE, str(first), str(first + self.COUNT),
+                  cwd=HERE)
+        self.assertLess(int(said.split()[-1]), 400, 'MiB')
+
+
 # 9 FACE #########################################################################################
 
 THREE_TASKS = '''
