@@ -2690,14 +2690,13 @@ class RealBecome(Real):
         self.assertEqual((play.status('who', 'su'), play.status('module', 't1')), ('unreachable', 'ok'), play.tail())
         self.assertRegex(play.result('who', 'su')['msg'], 'privilege escalation prompt.*Mot de passe')
 
+    @newest
     def test_doas(self):
         self.needs_collections()
-        hosts = {'free': {}, 'asked': {'ansible_user': 'mspass', 'ansible_become_password': LAB.password}}
+        hosts = {'t1': {}, 't2': {'ansible_user': 'mspass', 'ansible_become_password': LAB.password}}
         for host in hosts.values():
             host.update(ansible_become_method='community.general.doas')
-        self.compare(self.book(BECOME_WHO.replace('OUT', self.out + '/{{ inventory_hostname }}').replace(
-            'path: ', 'path: "').replace(', state', '", state').replace('dest: ', 'dest: "').replace('/mine,', '/mine",')),
-            hosts=hosts, logins={'mslab': 1, 'mspass': 1}, pipelining=False)   # which leaves doas no terminal to ask on
+        self.compare_in_places(hosts, pipelining=False, logins={'mslab': 1, 'mspass': 1})
 
     @newest
     def test_doas_with_a_wrong_password(self):
@@ -2744,12 +2743,15 @@ class RealBecome(Real):
 
     @newest
     def test_parallel_hosts(self):
+        self.compare_in_places(many_hosts(3), logins={'mslab': 3}, sudos={'root': 3, 'msapp': 3})
+
+    def compare_in_places(self, hosts, **options):
+        """Each host in a directory of its own."""
         place = self.out + '{{ inventory_hostname }}'
         book = BECOME_WHO.replace('path: OUT', 'path: "%s"' % place)
         book = book.replace('dest: OUT/mine', 'dest: "%s/mine"' % place)
         try:
-            self.compare(book, hosts=many_hosts(3), logins={'mslab': 3}, sudos={'root': 3, 'msapp': 3},
-                         between=self.remove)
+            self.compare(book, hosts=hosts, between=self.remove, **options)
         finally:
             self.remove()
 
