@@ -2292,7 +2292,7 @@ TREE_BOOK = """
       become_user: msapp2
       become_method: su
       command: id -un
-    - {name: all, command: "ls -n {{ out }}"}
+    - {name: all, shell: "stat -c '%n %a %u' {{ out }}/*"}
 """
 
 # A connection plugin of the user's; what it does with a command follows.
