@@ -3262,10 +3262,10 @@ class Report:
         return lambda *args: self.step('resolve', login_plan, *args)[0]
 
     def open(self, client_open):
-        def patched_open(client, plan, candidates):
+        def patched_open(client, plan, candidates, believed):
             spec, seconds = self.step('resolve', plan.spec, candidates)
             self.say('resolve', seconds, plain_command(spec['argv']))
-            hello, seconds = self.step(plan.what, client_open, client, plan, candidates)
+            hello, seconds = self.step(plan.what, client_open, client, plan, candidates, believed)
             python = '.'.join(map(str, hello['python']))
             self.say(plan.what, seconds, 'account %s, Python %s, %s' % (hello['user'], python, hello['executable']))
             return hello

@@ -4037,10 +4037,13 @@ class RealStrategies(Real):
             cls.plugin = Everywhere('plugin', cls.core)
 
     def assert_same(self, stock, ours, without=()):
-        """With several forks it is chance whose task a strategy other than linear starts first."""
+        """With several forks it is chance whose task a strategy other than linear starts first, and how many hosts
+        come to an include at once."""
         expected, got = story(stock, without), story(ours, without)
         for told in (expected, got):
-            told['all'] = sorted(told.get('all', []), key=str)
+            events = told.get('all', [])
+            told['all'] = sorted([event for event in events if event[0] != 'include'], key=str)
+            told['included'] = sorted({event[1] for event in events if event[0] == 'include'})
         self.assertEqual(differences(expected, got), [], ours.tail())
         self.assertEqual(stock.rc, ours.rc, ours.tail())
 
