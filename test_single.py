@@ -3797,14 +3797,14 @@ class RealControl(Real):
               gather_facts: false
               tasks:
                 - {file: {path: OUT, state: directory}}
-                - {shell: "echo {{ item }} >> OUT/order", loop: "{{ range(40) | list }}", register: r}
+                - {shell: "echo {{ item }} >> OUT/order", loop: "{{ range(20) | list }}", register: r}
                 - {shell: "echo {{ item }} >> OUT/order; exit {{ 1 if item % 7 == 3 else 0 }}",
-                   loop: "{{ range(20) | list }}", register: r, ignore_errors: true}
+                   loop: "{{ range(8) | list }}", register: r, ignore_errors: true}
                 - {debug: {msg: "{{ r.results | map(attribute='rc') | list }}"}}
                 - {shell: "echo {{ n }} >> OUT/order", loop: [1, 2, 3, 4, 5, 6], loop_control: {loop_var: n, label: "<{{ n }}>"},
                    when: n is odd, register: own, changed_when: own.rc == 0 and n > 3, failed_when: own.rc != 0}
                 - {shell: "echo {{ (sum.stdout | default('0') | int) + item }}", loop: [1, 2, 3, 4, 5], register: sum}
-                - {shell: "echo {{ item }}", loop: [1, 2, 3, 4], register: until2, when: until2.stdout | default('0') != '2'}
+                - {shell: "echo {{ item }}", loop: [1, 2, 3], register: until2, when: until2.stdout | default('0') != '2'}
                 - {counter: {count: "{{ ansible_facts.counted | default(0) }}"}, loop: [1, 2, 3, 4]}
                 - {command: "printenv X", loop: [a, b, c, d], environment: {X: "{{ item }}"}}
                 - {command: "echo {{ item }}", loop: [s, t, u], no_log: true}
