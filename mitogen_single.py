@@ -478,10 +478,22 @@ def own_copies(given):
     variables = dict(given['task_vars'])
     if isinstance(variables.get('ansible_facts'), dict):
         variables['ansible_facts'] = variables['ansible_facts'].copy()
+    if not hasattr(worker_process, '_task'):    # since ansible-core 2.19 templates get copies of their own
+        variables = own_containers(variables, {})
     host = object.__new__(type(given['host']))
     vars(host).update(vars(given['host']))
     return dict(given, task=task, task_vars=variables, host=host, play_context=given['play_context'].copy(),
                 loader=copy.copy(given['loader']))
+
+
+# A template may append to a list: dicts and lists are copied, as often as they are used in several places, once.
+def own_containers(value, known):
+    if id(value) not in known:
+        own = known[id(value)] = copy.copy(value)
+        for key, item in value.items() if isinstance(value, dict) else enumerate(value):
+            if isinstance(item, (dict, list)):
+                own[key] = own_containers(item, known)
+    return known[id(value)]
 
 
 # Prompts come to forked workers through a queue each; a thread needs none.

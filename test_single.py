@@ -3820,6 +3820,19 @@ class RealControl(Real):
         self.compare(tasks('{command: "echo {{ item }}", loop: [1, 2, 3, 4], changed_when: "%s"}' % (
             '_task.loop_result.results | length <= 1')), logins={LAB.login: 1})
 
+    def test_variables_changed_in_place(self):
+        """What a template appends is gone with its task."""
+        self.compare('''
+            - hosts: all
+              gather_facts: false
+              vars: {mine: [1], deep: {er: [2]}}
+              tasks:
+                - {debug: {msg: "{{ [mine.append(3), deep.er.append(4), vars['mine'].append(5), mine, deep] }}"}}
+                - {debug: {msg: "{{ [mine, deep] }}"}}
+                - {command: "echo {{ [mine.append(item), mine] }}", loop: [6, 7, 8]}
+                - {debug: {msg: "{{ [mine, deep] }}"}}
+        ''', hosts=many_hosts(2), pipelining=True)
+
     @newest
     def test_loop_over_accounts(self):
         self.needs_root()
