@@ -2896,7 +2896,9 @@ def core():
     return zlib.compress(('\n' * above.count('\n') + text).encode('ascii'), 9)
 
 
-NO_PYTHON, NO_PIPE = 97, 98     # exit codes of what runs before the core does
+# Exit codes of what runs before the core does.
+NO_PYTHON = 97
+NO_PIPE = 98
 
 # What Python runs first: say that it is there, read the core, run it. Not from a terminal, which garbles what is not
 # text. One line without a quote or an exclamation mark that a login shell could take for its own.

@@ -1918,6 +1918,7 @@ class RealInstall(Installed):
         play.run()
         self.assertEqual(play.rc, 0, play.tail())
         self.assertIn('MITOGEN_SINGLE', play.out.upper())
+        self.assertEqual(play.err, '')
         for name in re.findall(r'MITOGEN_SINGLE_[A-Z_]+', self.source().decode().split(FENCE)[0]):
             self.assertIn(name, play.out, 'an option that the documentation does not name')
 
