@@ -3838,7 +3838,7 @@ class RealControl(Real):
     @newest
     def test_loop_over_accounts(self):
         self.needs_root()
-        self.compare(tasks('{shell: "id -un >> /tmp/mitogen_single_test_who; id -un", loop: [root, mslab, msapp, msapp2, root, msapp], become: true, '
+        self.compare(tasks('{command: id -un, loop: [root, mslab, msapp, msapp2, root, msapp], become: true, '
                            'become_user: "{{ item }}"}'), pipelining=True, logins={LAB.login: 1},
                      sudos={'root': 1, 'msapp': 1, 'msapp2': 1})
 
