@@ -1470,7 +1470,8 @@ class Place:
         if self.posted and self.route != route_of(head):
             self.settle()
         self.route = route_of(head)
-        self.posted.append((client(), client().post(dict(head, lane=self.path), body), head['path']))
+        line = client()
+        self.posted.append((line, line.post(dict(head, lane=self.path), body), head['path']))
 
     # The head of a request that is to follow them.
     def after_posted(self, head):
