@@ -4326,7 +4326,7 @@ class Resources(object):
         return [path[len(self.folder) + 1:] for path in self.importer.table if os.path.dirname(path) == self.folder]
 
 
-def wrap_respawn(importer, module):
+def amend_respawn(importer, module):
     respawn = module.respawn_module
 
     def respawn_module(interpreter_path):
@@ -4337,9 +4337,11 @@ def wrap_respawn(importer, module):
 
 
 # run_command looks twice, whether its program ended. One that ends between the two looks is waited for in a select of
-# nothing, for the second that this may take: up to one in twelve short commands on a busy machine.
-def wrap_selectors(importer, module):
-    selectors = getattr(module, 'selectors', None)
+# nothing, for the second that this may take: up to one in twelve short commands on a busy machine. And it asks for a
+# function in the new process, for the sake of a umask, also where there is none; Python needs no copy of the module's
+# memory for that process then, of which each page that the module goes on to use costs a fault: 4 ms of a 12 ms task.
+def amend_run_command(importer, module):
+    selectors, subprocess = getattr(module, 'selectors', None), module.subprocess
     if not hasattr(selectors, 'PollSelector'):
         return
 
@@ -4347,11 +4349,29 @@ def wrap_selectors(importer, module):
         def select(self, timeout=None):
             return selectors.PollSelector.select(self, timeout) if self.get_map() else []
 
-    module.selectors = type(sys)('selectors')
-    vars(module.selectors).update(vars(selectors), PollSelector=PollSelector)
+    class Popen(subprocess.Popen):
+        def __init__(self, *args, **options):
+            inherited = closure_of(options.get('preexec_fn'))
+            if 'umask' in inherited and not inherited['umask']:
+                del options['preexec_fn']
+            subprocess.Popen.__init__(self, *args, **options)
+
+    module.selectors = varied(selectors, PollSelector=PollSelector)
+    module.subprocess = varied(subprocess, Popen=Popen)
 
 
-AMENDED = {'ansible.module_utils.common.respawn': wrap_respawn, 'ansible.module_utils.basic': wrap_selectors}
+def closure_of(function):
+    names = getattr(getattr(function, '__code__', None), 'co_freevars', ())
+    return dict(zip(names, [cell.cell_contents for cell in getattr(function, '__closure__', None) or ()]))
+
+
+def varied(module, **changes):
+    copy = type(sys)(module.__name__)
+    vars(copy).update(vars(module), **changes)
+    return copy
+
+
+AMENDED = {'ansible.module_utils.common.respawn': amend_respawn, 'ansible.module_utils.basic': amend_run_command}
 
 
 # 17 FILES ############################################################################################################

@@ -2881,7 +2881,9 @@ PROBE = '''
     def runs_commands(module):
         rc, out, err = module.run_command('cat; echo err >&2; exit 7', use_unsafe_shell=True, data='fed')
         big = module.run_command(['head', '-c', '300000', '/dev/zero'])
-        module.exit_json(changed=False, got=[rc, out, err], big=len(big[1]))
+        world = 'umask; ulimit -n; ls /proc/$$/fd | wc -l; grep Sig.gn /proc/$$/status'
+        module.exit_json(changed=False, got=[rc, out, err], big=len(big[1]), worlds=[
+            module.run_command(world, use_unsafe_shell=True, umask=mask)[1] for mask in (None, 0o27)])
 
     def reads_itself(module):
         import ansible.module_utils
