@@ -97,6 +97,8 @@ import types
 import warnings
 import zipfile
 import zlib
+from multiprocessing import connection as multiprocessing_connection
+from multiprocessing.reduction import ForkingPickler
 
 try:
     from ansible import constants as C
@@ -113,13 +115,15 @@ try:
     from ansible.plugins.callback import CallbackBase
     from ansible.plugins.connection import ConnectionBase, local as local_plugin
     from ansible.plugins.connection import ssh as ssh_plugin
-    from ansible.plugins.loader import (action_loader, become_loader, connection_loader, module_loader,
-                                        module_utils_loader, shell_loader, strategy_loader)
+    from ansible.plugins.loader import (action_loader, become_loader, connection_loader, lookup_loader,
+                                        module_loader, module_utils_loader, shell_loader, strategy_loader)
+    from ansible.plugins.lookup import LookupBase
     from ansible.plugins.strategy import StrategyBase
     from ansible.plugins.vars import BaseVarsPlugin
     from ansible.template import Templar
     from ansible.utils.collection_loader import _collection_finder
     from ansible.utils.display import Display
+    from ansible.utils.multiprocessing import context as multiprocessing_context
     display = Display()
 except ImportError:
     if __name__ != '__main__':
@@ -330,6 +334,7 @@ def patches():
         (copy_action, 'checksum', hashing_in_turn),
         *[(fetch_action, name, hashing_in_turn) for name in ('checksum', 'md5', 'secure_hash')],
         (Display, 'set_queue', setting_queue_in_forks),
+        (lookup_loader, 'get', asking_lookups_apart),
         # Items of a loop do not wait for each other's answers where they may not.
         (task_executor.TaskExecutor, '_run_loop', running_items_ahead),
         (subprocess.Popen, '__init__', starting_without_terminal),
@@ -409,7 +414,12 @@ REVIEWED |= {'ansible.plugins.connection.ssh', 'ansible.plugins.connection.local
         'community.docker.docker community.docker.nsenter community.general.chroot community.general.incus '
         'community.general.lxd community.okd.oc containers.podman.podman kubernetes.core.kubectl').split()}
 LOCALHOST = ('localhost', '127.0.0.1', '::1')
-LONG = 0.03             # seconds of the baton after which a task is too heavy to be done by one host after the other
+# And lookup plugins, which find what they look for on this machine.
+REVIEWED |= {'ansible.plugins.lookup.' + name for name in (
+    'config csvfile dict env file fileglob first_found indexed_items ini inventory_hostnames items list nested '
+    'random_choice sequence subelements template together unvault varnames vars').split()}
+LONG = 0.05             # processor seconds after which a task is too heavy to be done by one host after the other: a
+                        # forked worker costs 25 ms, and with two cores half of what it does is gained
 _heavy = set()          # uuids of such tasks
 
 
@@ -517,6 +527,7 @@ class WorkerThread(threading.Thread):
         self.outside = Outside(stock)
         self.client = None
         self.exitcode = None
+        self.worker_queue = None    # prompts for a process
         self.programs = []          # what its plugins started
         self.is_ended = False       # somebody called terminate()
 
@@ -528,11 +539,7 @@ class WorkerThread(threading.Thread):
         baton.workers.add(self)
         with baton.held_by(self):
             try:
-                if not self.is_ended:
-                    with task_context(self.stock):
-                        self.stock._run()
-                    self.stock._loader.cleanup_all_tmp_files()
-                code = 0
+                code = 0 if self.is_ended else self.run_apart() if self._task._uuid in _heavy else self.run_here()
             except BaseException:
                 code = 1        # "A worker was found in a dead state", as for a process that ended so
                 with contextlib.suppress(OSError):      # the run is over, nobody reads what we have to say
@@ -541,6 +548,24 @@ class WorkerThread(threading.Thread):
             self.exitcode = code
             baton.workers.discard(self)
         baton.news.set()
+
+    def run_here(self):
+        with task_context(self.stock):
+            self.stock._run()
+        self.stock._loader.cleanup_all_tmp_files()
+        return 0
+
+    # Another host of this task has shown meanwhile that it is a heavy one: be a stock worker after all.
+    def run_apart(self):
+        self.stock.worker_queue = self.worker_queue = worker_process.WorkerQueue(ctx=multiprocessing_context)
+        self.outside.take_off()
+        with baton.kept():
+            self.stock.start()
+        self.outside.put_on()
+        with baton.passed_on():
+            multiprocessing_connection.wait([self.stock.sentinel])
+        self.stock.join()
+        return self.stock.exitcode
 
     def close(self):
         self.stock = None
@@ -552,6 +577,8 @@ class WorkerThread(threading.Thread):
         self.is_ended = True
         if self.client:
             self.client.shut()
+        if self.worker_queue:
+            self.stock.terminate()
         for program in self.programs:
             if program.poll() is None:
                 kill_group(program.pid, signal.SIGTERM)
@@ -584,10 +611,10 @@ class Outside:
         worker_process.current_worker = self.stock
         if self.changed:
             set_surroundings(self.changed)
-        self.since = time.monotonic()
+        self.since = time.thread_time()
 
     def take_off(self):
-        if time.monotonic() - self.since > LONG:
+        if time.thread_time() - self.since > LONG:
             _heavy.add(self.stock._task._uuid)
         sys.stdout, sys.stderr, before = self.before
         display._final_q = worker_process.current_worker = None
@@ -599,14 +626,17 @@ class Outside:
 
 # The environment as os.environ keeps it: to decode it takes 0.2 ms, ten times a task.
 def surroundings():
+    mask = os.umask(0o77)
+    os.umask(mask)
     try:
-        return os.environ._data.copy(), os.getcwd()
+        return os.environ._data.copy(), mask, os.getcwd()
     except OSError:
-        return os.environ._data.copy(), None
+        return os.environ._data.copy(), mask, None
 
 
 def set_surroundings(wanted):
-    environ, directory = wanted
+    environ, mask, directory = wanted
+    os.umask(mask)
     for name in os.environ._data.keys() - environ.keys():
         os.unsetenv(name)
     for name, value in environ.items():
@@ -675,6 +705,15 @@ class Baton:
                 if worker.is_ended:
                     raise SystemExit
 
+    # Around what takes long only once: it says nothing about the task.
+    @contextlib.contextmanager
+    def uncounted(self):
+        began = time.thread_time()
+        yield
+        worker = getattr(self.held, 'by', None)
+        if worker:
+            worker.outside.since += time.thread_time() - began
+
     # Around a wait that is known to be short, and inside of which nobody else may run.
     @contextlib.contextmanager
     def kept(self):
@@ -689,9 +728,10 @@ class Baton:
     def wait_for_news(self, seconds):
         if not self.lock.locked() or threading.current_thread() is not threading.main_thread():
             return time.sleep(seconds)
+        patience = 0.002 if multiprocessing.active_children() else 0.2
         self.lock.release()
         try:
-            self.news.wait(0.002 if multiprocessing.active_children() else 0.2)
+            self.news.wait(patience)
             self.news.clear()
         except BaseException:
             self.end_workers()
@@ -791,6 +831,87 @@ def starting_without_terminal(start):
             worker.programs.append(process)
         start(process, args, bufsize, executable, stdin, stdout, stderr, *more, **options)
     return patched_init
+
+
+# ---- lookups
+# A lookup plugin may ask a server, run a program, sleep: forked workers do so side by side. Those that were not
+# reviewed do it in a process of their own, as their worker would have been, unless they prove to be quick.
+
+QUICK = 0.005           # seconds; another process would take more
+_longest = {}           # module of such a plugin -> the seconds that it took, at most
+
+
+def asking_lookups_apart(get):
+    def patched_get(*args, **kwargs):
+        plugin = get(*args, **kwargs)
+        if isinstance(plugin, LookupBase) and getattr(baton.held, 'by', None):
+            if type(plugin).__module__ not in REVIEWED:
+                plugin.run = in_a_process(type(plugin).__module__, plugin.run)
+        return plugin
+    return patched_get
+
+
+def in_a_process(name, run):
+    def patched_run(*args, **kwargs):
+        ask = functools.partial(timed, run, *args, **kwargs)
+        answer = None if _longest.get(name, QUICK) < QUICK else answer_from_a_process(ask)
+        seconds, result, errors, printed = answer or ask()
+        _longest[name] = max(_longest.get(name, 0), seconds)
+        sys.stdout.write(printed)
+        for error, cause in zip(errors, errors[1:]):
+            error.__cause__ = cause
+        if errors:
+            raise errors[0]
+        return result
+    return patched_run
+
+
+# -> seconds, result, the exception and what it came from
+def timed(run, *args, **kwargs):
+    began, result, errors = time.monotonic(), None, []
+    try:
+        result = run(*args, **kwargs)
+    except Exception as e:
+        while e and e not in errors:
+            errors.append(e)
+            e = e.__cause__
+    return time.monotonic() - began, result, errors, ''
+
+
+# None where it was killed, or where what it found cannot leave its process.
+def answer_from_a_process(ask):
+    ours, theirs = multiprocessing_context.Pipe(duplex=False)
+    process = multiprocessing_context.Process(target=send_answer, args=(theirs, ask))
+    with ours, theirs:
+        with baton.kept():
+            process.start()
+        theirs.close()
+        baton.held.by.programs.append(types.SimpleNamespace(pid=process.pid, poll=lambda: process.exitcode))
+        try:
+            with baton.passed_on():
+                multiprocessing_connection.wait([ours])
+            return ours.recv()
+        except EOFError:
+            return None
+        finally:
+            process.join()
+
+
+# In the child, which has no terminal, like a stock worker. Of exceptions those stay here that are a way to return:
+# Ansible knows them by who they are.
+def send_answer(pipe, ask):
+    os.setsid()
+    for number in range(3):
+        os.dup2(os.open(os.devnull, os.O_RDWR), number)
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_DFL)
+    sys.stdout = io.StringIO()
+    seconds, result, errors, _ = ask()
+    if not any(type(error).__module__.startswith('ansible._internal') for error in errors):
+        with contextlib.suppress(Exception):
+            data = ForkingPickler.dumps((seconds, result, errors, sys.stdout.getvalue()))
+            ForkingPickler.loads(data)
+            pipe.send_bytes(data)
 
 
 # ---- loops
@@ -1634,7 +1755,8 @@ def making_payloads(modify_module):
             return modify_module(*args, **kwargs)
 
         def build():
-            return modify_module(*args, **dict(kwargs, module_compression=COMPRESSION))
+            with baton.uncounted():
+                return modify_module(*args, **dict(kwargs, module_compression=COMPRESSION))
 
         def real_bytes():
             return module_bytes(modify_module(*args, **kwargs))

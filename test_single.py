@@ -3990,6 +3990,105 @@ class RealControl(Real):
                            'debug: {msg: "{{ query(\'lines\', \'cat f\') }}"}'),
                      files={'f': 'in a file\n'})
 
+    def test_lookups_that_wait(self):
+        """Hosts do so side by side; what a plugin returns, raises or leaves changed is as in a forked worker."""
+        self.compare(tasks(
+            '{name: "side by side", debug: {msg: "{{ lookup(\'own\', \'meet\', 4) }}"}}',
+            '{name: loop, command: "echo {{ lookup(\'own\', \'host\') }} {{ item }}", loop: [1, 2, 3, 4]}',
+            '{name: with, command: "echo {{ item }}", with_own: [host]}',
+            '{name: nested, debug: {msg: "{{ query(\'own\', \'nested\') }}"}}',
+            '{name: no terminal, debug: {msg: "{{ lookup(\'own\', \'terminal\') }}"}}',
+            '{name: changes, debug: {msg: "{{ lookup(\'own\', \'change\') }}"}}',
+            '{name: unchanged, debug: {msg: "{{ lookup(\'own\', \'look\') }}"}}',
+            '{name: fails, debug: {msg: "{{ lookup(\'own\', \'fail\') }}"}, ignore_errors: true}',
+            '{name: fails oddly, debug: {msg: "{{ lookup(\'own\', \'fail_oddly\') }}"}, ignore_errors: true}',
+            '{name: forgiven, debug: {msg: "{{ lookup(\'own\', \'fail\', errors=\'ignore\') }}"}}',
+            '{name: undefined, debug: {msg: "{{ lookup(\'own\', nothing) }}"}, ignore_errors: true}'),
+            hosts=many_hosts(4), files={'lookup_plugins/own.py': OWN_LOOKUP}, without=('exception',))
+
+    def test_heavy_tasks(self):
+        """The first host shows that a task is one; the others are processes, though they were threads already."""
+        stock, ours = self.compare(tasks(
+            '{name: heavy, command: printenv PID, environment: {PID: "{{ 0.2 | burn }}"}}', '{name: light, command: echo light}',
+            '{name: quick, command: printenv PID, environment: {PID: "{{ 0 | burn }}"}}'), hosts=many_hosts(4), logins={LAB.login: 4},
+            files={'filter_plugins/burn.py': BURN}, without=('stdout', 'stdout_lines'))
+        if self.ours:
+            pids = {name: [event['result']['stdout'] for event in ours.events()
+                           if event['event'] == 'runner_ok' and event['task'] == name] for name in ('heavy', 'quick')}
+            self.assertEqual([len(set(pids['heavy'])), len(set(pids['quick']))], [4, 1], pids)
+
+
+OWN_LOOKUP = '''
+    import os, time
+    from ansible.errors import AnsibleError
+    from ansible.plugins.lookup import LookupBase
+
+    class Odd(Exception):
+        def __init__(self, one, two):
+            super().__init__('%s and %s' % (one, two))
+
+    class LookupModule(LookupBase):
+        def run(self, terms, variables=None, **kwargs):
+            return [getattr(self, terms[0])(variables, *terms[1:])]
+
+        def host(self, variables):
+            return variables['inventory_hostname']
+
+        def meet(self, variables, count):
+            place = os.path.join(variables['playbook_dir'], 'met')
+            os.makedirs(place, exist_ok=True)
+            open(os.path.join(place, self.host(variables)), 'w').close()
+            for _ in range(300):
+                if len(os.listdir(place)) == count:
+                    return 'all came'
+                time.sleep(0.1)
+            raise AnsibleError('nobody came')
+
+        def nested(self, variables):
+            return {'list': [1, 'two', None], 'host': self.host(variables)}
+
+        def terminal(self, variables):
+            try:
+                return os.open('/dev/tty', os.O_RDWR)
+            except OSError:
+                return 'none'
+
+        def change(self, variables):
+            time.sleep(0.1)
+            os.environ['OWN'] = 'changed'
+            os.umask(0o7)
+            os.chdir('/')
+            return 'done'
+
+        def look(self, variables):
+            mask = os.umask(0)
+            os.umask(mask)
+            return [os.environ.get('OWN'), mask, os.getcwd() == '/']
+
+        def fail(self, variables):
+            try:
+                {}['reason']
+            except KeyError as e:
+                raise AnsibleError('it failed') from e
+
+        def fail_oddly(self, variables):
+            raise Odd(1, 2)
+    '''
+
+BURN = '''
+    import os, time
+
+    def burn(seconds):
+        end = time.thread_time() + seconds
+        while time.thread_time() < end:
+            pass
+        return os.getpid()
+
+    class FilterModule:
+        def filters(self):
+            return {'burn': burn}
+    '''
+
 
 class Everywhere(Engine):
     """The plugin among vars plugins: it serves whatever strategy a play names."""
@@ -4949,6 +5048,10 @@ WORKLOADS = {
     'delaycopy30': Workload('copy of 30 small files, 50 ms', tasks(*TIDY, COPY_SMALL % 30),
                             files=SMALL, delay=0.05),
     'modules13': Workload('13 modules once each, second run', '', warm=True),
+    'waiting40': Workload('lookup that sleeps for 1 s, 40 hosts', tasks(
+        '{debug: {msg: "{{ lookup(\'pipe\', \'sleep 1\') }}"}}'), hosts=40),
+    'heavy40': Workload('template of 0.3 s, 40 hosts', tasks(
+        '{debug: {msg: "{{ range(6000) | map(\'string\') | join | length }}"}}'), hosts=40),
     'delegate10': Workload('10 hosts x sleep 1 delegated', tasks(
         '{command: sleep 1, delegate_to: localhost}'), hosts=10),
 }
