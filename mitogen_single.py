@@ -110,6 +110,7 @@ try:
     from ansible.module_utils.common.yaml import yaml_load
     from ansible.module_utils.parsing.convert_bool import boolean
     from ansible.plugins import action as action_plugins
+    from ansible.playbook.play_context import PlayContext
     from ansible.plugins import strategy as strategy_plugins
     from ansible.plugins.action import copy as copy_action, fetch as fetch_action
     from ansible.plugins.callback import CallbackBase
@@ -199,6 +200,12 @@ DOCUMENTATION = """
             env: [{name: MITOGEN_SINGLE_SSH_KEEPALIVE_COUNT}]
             ini: [{section: mitogen_single, key: ssh_keepalive_count}]
             vars: [{name: mitogen_single_ssh_keepalive_count}, {name: mitogen_ssh_keepalive_count}]
+        via:
+            description:
+                - The host of the inventory from which this one is reached, itself reached as its own variables say. As
+                  C(USER@HOST) it is logged in to as that user; as C(METHOD:USER@HOST) it becomes that user there.
+            type: str
+            vars: [{name: mitogen_single_via}, {name: mitogen_via}]
 """
 
 
@@ -1167,9 +1174,13 @@ def starts_programs(plugin):
                for base in plugin.__mro__ for value in vars(sys.modules[base.__module__]).values())
 
 
-# Once for each host and step, whichever of the workers comes across it first.
+# Once for each host and step, whichever of the workers comes across it first. Stock Ansible knows no way by way of
+# another host, and must not try without.
 def explain(connection, reason):
     host = connection._play_context.remote_addr
+    if connection._options.get('mitogen_single_via'):
+        raise AnsibleConnectionFailure('%s: no agent, and so no way by %s: %s' % (
+            host, connection._options['mitogen_single_via'], reason))
     if display.verbosity and client().is_first('%s: %s' % (host, reason.step)):
         display.v('stock Ansible runs this, there is no agent: %s' % reason, host=host)
 
@@ -1188,13 +1199,29 @@ class AgentConnection(ConnectionBase):
     _place = None           # the Place of this task's temporary files, where it is ours
     _interpreter = None     # the Plan of the last module's interpreter: its agent gets the files for the next one
     _refusal = None         # why stock Ansible has to run this; '' for no reason; None: not looked at yet
+    _hostvars = None        # the variables of all hosts, of which some may be on the way
+    _passed = ()            # names of hosts for which this one is on the way
+    _way = None             # the Way, once it was asked for
 
     # Pipelining is ours to decide, but for somebody who set it to false for this very host or task.
     def set_options(self, task_keys=None, var_options=None, direct=None):
         super().set_options(task_keys=task_keys, var_options=var_options, direct=direct)
-        self._refusal = None
+        self._refusal = self._way = None
+        self.note_hosts(var_options or {})
         self._wants_files = any(name in (var_options or {}) and not boolean(var_options[name], strict=False)
                                 for name in ('ansible_pipelining', 'ansible_ssh_pipelining'))
+
+    # Called by tasks, and by a reset since ansible-core 2.17.
+    def update_vars(self, variables):
+        super().update_vars(variables)
+        self.note_hosts(variables)
+
+    def _resolve_option_variables(self, variables, templar):
+        self.note_hosts(variables)
+        return super()._resolve_option_variables(variables, templar)
+
+    def note_hosts(self, variables):
+        self._hostvars = variables.get('hostvars', self._hostvars)
 
     def set_become_plugin(self, plugin):
         super().set_become_plugin(plugin)
@@ -1241,7 +1268,8 @@ class AgentConnection(ConnectionBase):
     def reset(self):
         if is_carried(self):
             client().drop(Carrier(self).login().key)
-        super().reset()
+        if not self._options.get('mitogen_single_via'):
+            super().reset()
 
     # The command that the stock plugin would start for this one. Passwords are answered by us, on a pty, not through
     # sshpass or SSH_ASKPASS. A user who says nothing of ssh_args gets no master that outlives the run, which one link
@@ -1304,7 +1332,8 @@ class Carrier:
         self.host = self.context.remote_addr
         self.shell = self.context.executable or '/bin/sh'
         self.identity = identity_of(connection)
-        self.leads_away = leads_away(self.identity)
+        self.way = way_to(connection)
+        self.leads_away = bool(self.way) or leads_away(self.identity)
         # Seconds without a sign of life after which a become is given up; the stock ssh plugin takes as many.
         self.silence = 2 + int(self.option('timeout') or self.context.timeout or 10)
         # Local commands run in the playbook's directory: Ansible sets this attribute before each of them.
@@ -1359,7 +1388,7 @@ class Carrier:
     def login(self):
         is_ssh = isinstance(self.connection, ssh_plugin.Connection)
         return login_plan(self.connection, self.shell, max(self.silence, self.option('mitogen_single_boot_timeout')),
-                          self.identity, is_ssh)
+                          self.identity, is_ssh, self.way.account[-1] if self.way else None)
 
     # Stock ssh asks for a terminal for commands without input: sudo in a raw task may need one, and `ls` behaves.
     def wants_tty(self, in_data, sudoable):
@@ -1457,6 +1486,8 @@ class Carrier:
                 time.sleep(min(2 ** attempt - 1, 30))
 
     def connect_once(self, account, interpreter):
+        if self.way:
+            self.way.open()
         wanted = interpreter.words if interpreter else []
         for plan in account:
             hello = self.open(plan, wanted)
@@ -1496,6 +1527,69 @@ class Carrier:
 
     def where(self):
         return '%s@%s' % (self.context.remote_user or '', self.context.remote_addr)
+
+
+# ---- by way of other hosts
+# A host may be reached from another one of the inventory: an agent there starts the program that leads on. Files of
+# keys and known hosts are then those of that machine.
+
+
+@dataclasses.dataclass
+class Way:
+    carrier: Carrier        # to the last host on the way
+    account: list           # the Plans that lead to the account there
+
+    def open(self):
+        try:
+            self.carrier.connect_all(self.account, None)
+        except (NoAgent, HopFailed, AnsibleError) as e:
+            raise AnsibleConnectionFailure('on the way by %s: %s' % (self.carrier.host, e))
+
+
+# None where there is nothing between us and the host.
+def way_to(connection):
+    via = connection._options.get('mitogen_single_via')
+    if via and not connection._way:
+        method, user, name = re.fullmatch(r'(?:(?:([^:@]+):)?([^@]*)@)?(.+)', via).groups()
+        carrier = Carrier(connection_on_the_way(connection, method, user, name))
+        connection._way = Way(carrier, carrier.account(bool(method)))
+    return connection._way
+
+
+# As a task for that host would have it.
+def connection_on_the_way(behind, method, user, name):
+    passed = behind._passed + (behind._play_context.remote_addr,)
+    if not behind._hostvars or name not in behind._hostvars:
+        raise AnsibleConnectionFailure('no way to %s: there is no host %s in the inventory' % (passed[-1], name))
+    if name in passed or len(passed) > len(behind._hostvars):
+        raise AnsibleConnectionFailure('no way to %s: it leads in a circle by %s' % (passed[-1], name))
+    variables = behind._hostvars[name]
+    context = PlayContext()
+    context.remote_addr = variables.get('ansible_host', name)
+    connection = connection_loader.get(variables.get('ansible_connection', 'ssh'), context, new_stdin=None)
+    if not isinstance(connection, AgentConnection):
+        raise AnsibleConnectionFailure('no way to %s: %s has no agent' % (passed[-1], name))
+    connection.set_options(var_options=options_of('connection', connection, variables),
+                           direct={'remote_user': user} if user and not method else None)
+    connection._hostvars, connection._passed = behind._hostvars, passed
+    context.remote_user = connection._options.get('remote_user')
+    if method:
+        connection.set_become_plugin(become_on_the_way(method, user, variables))
+    return connection
+
+
+def become_on_the_way(method, user, variables):
+    become = become_loader.get(method)
+    if not become:
+        raise AnsibleConnectionFailure('Invalid become method specified, could not find matching plugin: %s' % method)
+    become.set_options(var_options=options_of('become', become, variables), direct={'become_user': user})
+    return become
+
+
+# The variables that a plugin's options are made from.
+def options_of(kind, plugin, variables):
+    names = C.config.get_plugin_vars(kind, plugin._load_name)
+    return {name: variables[name] for name in names if name in variables}
 
 
 _hellos = {}            # key of an agent -> what it said of itself when this process last opened the way to it
@@ -2819,19 +2913,21 @@ def digest(*parts):
 
 
 # `identity`: what the stock plugin would spawn for the PLACEHOLDER. What is known of ssh alone: how it says that there
-# is no way to the host, and that the core can be on its way before somebody waits for it.
-def login_plan(connection, shell, patience, identity, is_ssh):
+# is no way to the host, and that the core can be on its way before somebody waits for it. `parent`: the Plan of the
+# agent that is to start it, on another machine.
+def login_plan(connection, shell, patience, identity, is_ssh, parent):
     argv, _, env = identity
     squeeze = leads_away(identity)
 
     def spec(candidates):
         command = '%s -c %s' % (shell, shlex.quote(bootstrap(candidates, squeeze)))
         argv, cwd, env = connection.agent_argv(command)
-        return dict(argv=argv, cwd=cwd or os.getcwd(), env=env, mark=MARK, eager=is_ssh, patience=patience,
-                    squeeze=squeeze)
+        place = {} if parent else dict(cwd=cwd or os.getcwd(), env=env)
+        return dict(place, argv=argv, mark=MARK, eager=is_ssh, patience=patience, squeeze=squeeze)
 
-    key = digest(argv, env, password_of(connection))
-    return Plan('login', key, None, spec, functools.partial(LoginDialogue, password_of(connection)),
+    key = digest(argv, env, password_of(connection), parent and parent.key)
+    return Plan('login', key, parent and parent.key, spec,
+                functools.partial(LoginDialogue, password_of(connection)),
                 unreachable=(255, 'timeout') if is_ssh else ())
 
 
@@ -2847,7 +2943,7 @@ def password_of(connection):
                 return connection.get_option(name)
         except (KeyError, AttributeError):
             continue
-    return connection._play_context.password
+    return connection._play_context.password or None
 
 
 def become_plan(parent, plugin, build, shell, executable, patience, cwd):

@@ -2401,6 +2401,63 @@ class RealConnections(Real):
         if self.ours:       # nsenter gives a raw command to a shell on this side
             self.assertEqual(re.findall('<(.*)> stock Ansible runs this', ours.out), ['c3'], ours.tail())
 
+    def test_by_way_of_others(self):
+        """ssh, sudo, ssh, sudo, docker, su: what stock Ansible does when it goes there directly."""
+        docker = LAB.container() if self.core == NEWEST else None
+        hosts = {'bastion': {},
+                 'inner': {'mitogen_via': 'sudo:root@{{ first }}', 'first': 'bastion', 'ansible_user': 'msnoisy'},
+                 'again': {'mitogen_via': 'mstty@bastion', 'ansible_ssh_private_key_file': LAB.path('hop_key')},
+                 'third': {'mitogen_via': 'sudo:root@again'}}
+        if docker:
+            hosts['box'] = {'mitogen_via': 'sudo:root@third', 'ansible_connection': 'docker', 'ansible_user': None,
+                            'ansible_host': Docker.NAME, 'ansible_docker_extra_args': '-H ' + docker.socket}
+            self.clean_tree()
+        shutil.copy(LAB.path('key'), LAB.path('hop_key'))
+        shutil.chown(LAB.path('hop_key'), 'mstty')
+        self.compare('''
+            - hosts: all
+              gather_facts: false
+              tasks:
+                - {name: who, command: id -un}
+                - {name: raw, raw: echo raw}
+                - {copy: {src: big, dest: "/tmp/ms_way_{{ inventory_hostname }}"}}
+                - {fetch: {src: "/tmp/ms_way_{{ inventory_hostname }}", dest: fetched/}}
+                - {command: "md5sum /tmp/ms_way_{{ inventory_hostname }}"}
+                - {file: {path: "/tmp/ms_way_{{ inventory_hostname }}", state: absent}}
+                - {name: loop, command: "echo {{ item }}", loop: [1, 2, 3, 4]}
+            - hosts: third
+              gather_facts: false
+              tasks: [{meta: reset_connection}]
+            - hosts: all
+              gather_facts: false
+              tasks:
+                - {name: after, command: id -un}
+                - {name: become, command: id -un, become: true, become_method: su, become_user: msapp,
+                   when: inventory_hostname == 'box'}
+            ''', hosts=hosts, files={'big': 'line of text\n' * 100000}, pipelining=True,
+            logins={'mslab': 4, 'mstty': 1, 'msnoisy': 1})
+
+    @newest
+    def test_no_way(self):
+        """An unknown host, a circle, a closed port, no such account, nothing to go by: the others go on."""
+        self.needs_plugin()
+        hosts = {'t1': {}, 'lost': {'mitogen_via': 'nowhere'}, 'round': {'mitogen_via': 'circle'},
+                 'circle': {'mitogen_via': 'round'}, 'closed': {'mitogen_via': 'shut'}, 'shut': {'ansible_port': free_port()},
+                 'nobody': {'mitogen_via': 'sudo:msnobody@t1'}, 'odd': {'mitogen_via': 'sauce:root@t1'},
+                 'silent': {'mitogen_via': 'sudo:root@asks'}, 'asks': {'ansible_user': 'mspass'},
+                 'bare': {'ansible_user': 'msbare', 'mitogen_via': 'sudo:root@t1'}}
+        play = self.run_ours(tasks('{name: who, command: id -un}') +
+                             '- {hosts: bare, gather_facts: false, tasks: [{name: raw, raw: echo raw}]}\n', hosts=hosts)
+        said = {event['host']: event['result'].get('msg', '') for event in play.events()
+                if event['event'] == 'runner_unreachable'}
+        for host, message in {
+                'lost': 'no way to 127.0.0.1: there is no host nowhere in the inventory', 'round': 'circle',
+                'circle': 'circle', 'closed': 'on the way by .*Connection refused', 'shut': 'Connection refused',
+                'nobody': 'on the way by .*msnobody', 'odd': 'Invalid become method .*sauce',
+                'silent': 'on the way by .*Missing sudo password', 'bare': 'no agent, and so no way'}.items():
+            self.assertRegex(said.get(host, ''), message, host)
+        self.assertEqual([play.status('who', host) for host in ('t1', 'asks')], ['ok', 'ok'], play.tail())
+
     @newest
     def test_options_of_docker(self):
         docker = LAB.container()
