@@ -70,6 +70,7 @@ import base64
 import contextlib
 import contextvars
 import copy
+import ctypes
 import dataclasses
 import functools
 import gc
@@ -537,6 +538,7 @@ class WorkerThread(threading.Thread):
         self.worker_queue = None    # prompts for a process
         self.programs = []          # what its plugins started
         self.is_ended = False       # somebody called terminate()
+        self.holder = None          # the thread that had the baton last for this worker: its own, or an item's
 
     # Over when the result is on its way: before the thread ends, and before anybody else gets the baton.
     def is_alive(self):
@@ -671,23 +673,25 @@ class Baton:
             self.end_workers()
         self.lock.release()
 
-    def take(self):
-        try:
-            self.lock.acquire()
-        except BaseException:
-            self.end_workers()
-            self.lock.acquire()
-            raise
-
     def end_workers(self):
         for worker in list(self.workers):
             worker.terminate()
+
+    # A filter that counts to infinity would keep it: SystemExit is thrown into the thread, at whatever it is.
+    def take_from_workers(self):
+        self.end_workers()
+        while not self.lock.acquire(timeout=1):
+            for worker in list(self.workers):
+                if worker.stock is worker_process.current_worker:
+                    ctypes.pythonapi.PyThreadState_SetAsyncExc(ctypes.c_ulong(worker.holder),
+                                                               ctypes.py_object(SystemExit))
 
     @contextlib.contextmanager
     def held_by(self, worker):
         self.held.by = worker
         self.lock.acquire()
         worker.outside.put_on()
+        worker.holder = threading.get_ident()
         try:
             yield
         finally:
@@ -709,6 +713,7 @@ class Baton:
             if worker:
                 self.lock.acquire()
                 worker.outside.put_on()
+                worker.holder = threading.get_ident()
                 if worker.is_ended:
                     raise SystemExit
 
@@ -740,11 +745,10 @@ class Baton:
         try:
             self.news.wait(patience)
             self.news.clear()
+            self.lock.acquire()
         except BaseException:
-            self.end_workers()
+            self.take_from_workers()
             raise
-        finally:
-            self.take()
 
 
 baton = Baton()

@@ -4595,6 +4595,32 @@ class RealLeftovers(Real):
         self.assert_clean(self.interrupted(twice), killed=True)
 
     @newest
+    def test_ctrl_c_while_a_filter_counts(self):
+        """No worker waits for anything, and none comes to an end."""
+        book = tasks('{name: warm, command: echo warm}', '{name: counts, command: "echo {{ \'started\' | count_up }}"}',
+                     '{name: never, command: echo never}')
+        files = {'filter_plugins/f.py': '''
+            import itertools
+            def count_up(path):
+                open(path, 'w').close()
+                return [number for number in itertools.count() if number < 0]
+            class FilterModule:
+                def filters(self):
+                    return {'count_up': count_up}
+            '''}
+        for engine in (self.stock, self.plugin):
+            play = self.new(engine, book, hosts=many_hosts(2), files=files, timeout=30).start()
+            try:
+                wait_for(lambda: os.path.exists(os.path.join(play.dir, 'started')), 20, 'the filter does not start')
+                os.killpg(play.process.pid, signal.SIGINT)
+            finally:
+                play.finish()
+            self.assertFalse(play.hung, 'hangs: ' + play.tail())
+            self.assertEqual((play.rc, play.status('never')), (99, None), play.tail())
+            self.assertIn('User interrupted execution', play.err)
+        self.assert_clean(play)
+
+    @newest
     def test_terminated(self):
         self.assert_clean(self.interrupted(lambda play: kill(play.process.pid, signal.SIGTERM)),
                           killed=True)
