@@ -11,6 +11,7 @@ Copy it into a callback_plugins directory, beside the playbook or as ansible.cfg
      `-- broker: a process with one event loop, owns every link <-------'
           |-- ssh web1 -- agent lab@web1 --+-- child: a fork of the agent for each module run
           |                                `-- sudo -- agent root@web1 -- child ...
+          |-- ssh gate -- agent lab@gate -- ssh db1 -- agent lab@db1 -- child ...
           |-- docker exec c1 -- agent root@c1 -- child ...
           `-- agent of connection: local
 
@@ -28,9 +29,9 @@ sources of modules in RAM, and forks a child for each module run. The life of a 
     RAM and runs the module as __main__ (§16, §18). Its exit code and output are the answer.
 
 Invariants. Nothing that comes from a target is unpickled, evaluated or used as a path here. A target cannot address
-another target. Passwords travel only as the answer to a prompt. What we cannot carry, stock Ansible runs: every method
-of ours falls back to the stock one. The end of stdin ends an agent and all that it started; the end of ansible-playbook
-ends the broker.
+another target, but for those that are reached by way of it. Passwords travel only as the answer to a prompt. What we
+cannot carry, stock Ansible runs: every method of ours falls back to the stock one. The end of stdin ends an agent and
+all that it started; the end of ansible-playbook ends the broker.
 
 Where does my line go?
 
@@ -38,8 +39,8 @@ Where does my line go?
     1  FACE             version, documentation, tunables
     2  STRATEGY         how Ansible, wherever it finds this file, comes to run plays our way
     3  PATCHES          the table of what we change in Ansible
-    4  WORKERS          threads that take turns; which tasks may; items of a loop that run ahead
-    5  CONNECTION       exec_command, put_file, fetch_file, reset; temporary directories
+    4  WORKERS          threads that take turns; which tasks may; lookups that wait; items of a loop that run ahead
+    5  CONNECTION       exec_command, put_file, fetch_file, reset; the way by other hosts; temporary directories
     6  PAYLOADS         what Ansible's module builder made: a table of contents, the parameters; kept across runs
     7  CLIENT           a worker's end of the broker's socket
     8  BROKER           owns the links, connects once, knows which agent has which sources
