@@ -1561,6 +1561,10 @@ def way_to(connection):
     return connection._way
 
 
+def names_a_way(variables):
+    return any(row['name'] in variables for row in settings()['via']['vars'])
+
+
 # As a task for that host would have it.
 def connection_on_the_way(behind, method, user, name):
     passed = behind._passed + (behind._play_context.remote_addr,)
@@ -1824,6 +1828,8 @@ class Payload(bytes):
 # A module that no agent can run has not begun to: it is run once more, and this time all of it is up to stock Ansible.
 def preferring_agents(execute_module):
     def patched_execute(action, *args, **kwargs):
+        if action._task.action.endswith('synchronize') and names_a_way(kwargs.get('task_vars') or {}):
+            raise AnsibleError('synchronize starts an ssh of its own, which cannot go by way of mitogen_via')
         try:
             with payloads(is_carried(action._connection)):
                 return execute_module(action, *args, **kwargs)

@@ -2445,18 +2445,21 @@ class RealConnections(Real):
                  'circle': {'mitogen_via': 'round'}, 'closed': {'mitogen_via': 'shut'}, 'shut': {'ansible_port': free_port()},
                  'nobody': {'mitogen_via': 'sudo:msnobody@t1'}, 'odd': {'mitogen_via': 'sauce:root@t1'},
                  'silent': {'mitogen_via': 'sudo:root@asks'}, 'asks': {'ansible_user': 'mspass'},
-                 'bare': {'ansible_user': 'msbare', 'mitogen_via': 'sudo:root@t1'}}
+                 'bare': {'ansible_user': 'msbare', 'mitogen_via': 'sudo:root@t1'}, 'ways': {'mitogen_via': 'sudo:root@t1'}}
         play = self.run_ours(tasks('{name: who, command: id -un}') +
-                             '- {hosts: bare, gather_facts: false, tasks: [{name: raw, raw: echo raw}]}\n', hosts=hosts)
+                             '- {hosts: bare, gather_facts: false, tasks: [{name: raw, raw: echo raw}]}\n'
+                             '- {hosts: ways, gather_facts: false, tasks: [{name: sync, synchronize: {src: s, dest: /tmp/ms}}]}\n',
+                             hosts=hosts)
         said = {event['host']: event['result'].get('msg', '') for event in play.events()
                 if event['event'] == 'runner_unreachable'}
         for host, message in {
                 'lost': 'no way to 127.0.0.1: there is no host nowhere in the inventory', 'round': 'circle',
                 'circle': 'circle', 'closed': 'on the way by .*Connection refused', 'shut': 'Connection refused',
                 'nobody': 'on the way by .*msnobody', 'odd': 'Invalid become method .*sauce',
-                'silent': 'on the way by .*Missing sudo password', 'bare': 'no agent, and so no way'}.items():
+                'silent': 'on the way by .*(Missing sudo password|a password is required)', 'bare': 'no agent, and so no way'}.items():
             self.assertRegex(said.get(host, ''), message, host)
-        self.assertEqual([play.status('who', host) for host in ('t1', 'asks')], ['ok', 'ok'], play.tail())
+        self.assertEqual([play.status('who', host) for host in ('t1', 'asks', 'ways')], ['ok'] * 3, play.tail())
+        self.assertIn('cannot go by way of mitogen_via', play.result('sync')['msg'])
 
     @newest
     def test_options_of_docker(self):
