@@ -849,7 +849,7 @@ def starting_without_terminal(start):
 # A lookup plugin may ask a server, run a program, sleep: forked workers do so side by side. Those that were not
 # reviewed do it in a process of their own, as their worker would have been, unless they prove to be quick.
 
-QUICK = 0.005           # seconds; another process would take more
+QUICK = 0.025           # seconds; another process would take more
 _longest = {}           # module of such a plugin -> the seconds that it took, at most
 
 
