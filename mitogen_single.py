@@ -84,6 +84,7 @@ import multiprocessing
 import os
 import queue
 import re
+import resource
 import shlex
 import shutil
 import signal
@@ -184,6 +185,16 @@ DOCUMENTATION = """
             env: [{name: MITOGEN_SINGLE_BOOT_TIMEOUT}]
             ini: [{section: mitogen_single, key: boot_timeout}]
             vars: [{name: mitogen_single_boot_timeout}]
+        max_agents:
+            description:
+                - Processes that are kept below one login, one for each account and interpreter. When one more is
+                  wanted, that which was not used for longest goes, and comes again when a task needs it.
+                - Those at work stay, so there are more where more tasks run at once.
+            type: int
+            default: 20
+            env: [{name: MITOGEN_SINGLE_MAX_AGENTS}]
+            ini: [{section: mitogen_single, key: max_agents}]
+            vars: [{name: mitogen_single_max_agents}]
         ssh_compression:
             description: Whether ssh compresses. Without it, what O(ignore:ssh_args) says holds.
             type: bool
@@ -1380,7 +1391,7 @@ class Carrier:
         given = json.loads(params)['ANSIBLE_MODULE_ARGS']
         if given.get('state') == 'absent':
             with contextlib.suppress(NotConnected):
-                self.ask(dict(call='retire', to=[login.key], interpreter=None, user=given.get('name')), b'')
+                self.ask(dict(call='retire', to=[login.key], interpreter=None, name=str(given.get('name'))), b'')
 
     # The hops that lead to the account in which a command is to run.
     def account(self, escalated):
@@ -1504,8 +1515,9 @@ class Carrier:
     def open(self, plan, wanted):
         candidates = (wanted if len(wanted) == 1 else []) + python_names()
         believed = [NO_PIPE] + [NO_PYTHON] * (not wanted) + ['timeout'] * ('timeout' not in plan.unreachable)
+        most = self.option('mitogen_single_max_agents')
         try:
-            hello = _hellos[plan.key] = client().open(plan, candidates, believed)
+            hello = _hellos[plan.key] = client().open(plan, candidates, believed, most)
             return hello
         except LoginRefused as e:
             raise AnsibleAuthenticationFailure('%s: %s' % (self.where(), e))
@@ -2378,12 +2390,12 @@ class Client:
                 on_data(payload[0], memoryview(payload)[1:])
 
     # Start the agent of a plan, or wait until somebody else has. Its program may ask: the dialogue knows what to say.
-    # `believed`: what need not be tried again if it has ended so before.
-    def open(self, plan, candidates, believed):
+    # `believed`: what need not be tried again if it has ended so before. `most`: agents that are kept below a login.
+    def open(self, plan, candidates, believed, most):
         dialogue = plan.dialogue()
         with self.asking() as request:
             self.send(CALL, request, pack(dict(call='open', key=plan.key, parent=plan.parent, believed=believed,
-                                               spec=plan.spec(candidates))))
+                                               most=most, spec=plan.spec(candidates))))
             while True:
                 kind, payload = self.receive(request)
                 if kind == REPLY:
@@ -2545,9 +2557,18 @@ def run_broker(door):
             os.dup2(null, fd)
         close_fds(door.fileno())
         gc.freeze()
+        lift_file_limit()
         Broker(door).run()
     finally:
         os._exit(1)
+
+
+# An agent behind ssh takes five descriptors, a worker one. What we start has the limit that we were given.
+def lift_file_limit():
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    with contextlib.suppress(OSError, ValueError):      # where "unlimited" is more than the system really allows
+        resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+        os.register_at_fork(after_in_child=lambda: resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard)))
 
 
 # The way to one agent. Without a hello it is being opened, guided by the client that came first.
@@ -2563,6 +2584,7 @@ class Link:
         self.stream = None          # the stream that leads there
         self.request = None         # ours to the parent agent, while it is being opened there
         self.hello = None           # what the agent said of itself, once it is up
+        self.used = 0               # serial number of the last request for it
         self.has = set()            # sha1 of the blobs that we know it has
 
     def ancestors(self):
@@ -2590,6 +2612,7 @@ class Broker:
         self.numbers = {}           # number -> Link
         self.requests = {}          # our number -> Request
         self.clients = {}           # client stream -> {its request: our request}
+        self.latest = {}            # client stream -> the Link behind a login that it used last
         self.blobs = {}             # sha1 -> bytes
         self.tables = {}            # hex sha1 of a table of contents -> sha1 of all it needs
         self.refused = set()        # lanes of which a request could not be forwarded: what follows there is not, either
@@ -2680,6 +2703,7 @@ class Broker:
             self.tell(self.requests[ours].link, kind, ours, payload)
 
     def client_gone(self, stream, why):
+        self.latest.pop(stream, None)
         for ours in list(self.clients.pop(stream).values()):
             request = self.requests.pop(ours, None)
             if request and request.opens:
@@ -2729,6 +2753,8 @@ class Broker:
 
     def call_open(self, stream, request, head, body):
         link = self.links.get(head['key'])
+        if link:
+            self.use(stream, link)
         if link and link.hello:
             self.answer(stream, REPLY, request, pack(link.hello))
         elif link:
@@ -2743,12 +2769,14 @@ class Broker:
     def open(self, stream, request, head):
         link = Link(next(self.serial), head, self.links.get(head['parent']), (stream, request))
         self.links[link.key] = self.numbers[link.number] = link
+        self.use(stream, link)
         ours = next(self.serial)
         self.requests[ours] = Request(stream, request, link.parent or link, opens=link)
         self.clients[stream][request] = ours
         link.request = ours
         if link.parent:
             link.stream = link.parent.stream
+            self.make_room(link, head['most'])
             for above in link.parent.ancestors():
                 below = self.next_hop(above, link.parent)
                 above.stream.send(ROUTE, above.number, below, struct.pack('>I', link.number))
@@ -2758,6 +2786,30 @@ class Broker:
                            functools.partial(self.hop_is_up, link), functools.partial(self.hop_failed, link),
                            functools.partial(self.link_is_down, link))
             link.stream = link.hop.stream
+
+    # A client is likely to come back to what it used last, in the middle of a task say.
+    def use(self, stream, link):
+        link.used = next(self.serial)
+        if link.parent:
+            self.latest[stream] = link
+
+    # For one more agent below a login: those go that were not used for longest.
+    def make_room(self, link, most):
+        login = list(link.ancestors())[-1]
+        kept = [other for other in self.links.values() if login in other.ancestors()]
+        idle = sorted(filter(self.is_idle, kept), key=lambda other: other.used)
+        for other in idle[:max(0, len(kept) - most)]:
+            self.retire(other)
+
+    def is_idle(self, link):
+        busy = [link for asked in self.requests.values() for link in (asked.link, asked.opens)]
+        above = [other.parent for other in self.links.values()]
+        return link not in busy + above + list(self.latest.values())
+
+    # It takes its time to end. Whoever wants it meanwhile gets another one.
+    def retire(self, link):
+        self.tell(link.parent, CALL, next(self.serial), pack(dict(call='retire', name=link.number)))
+        self.forget(link)
 
     # The child of `above` on the way to `link`.
     def next_hop(self, above, link):
@@ -2775,6 +2827,7 @@ class Broker:
             if head['toc'] not in self.tables:
                 return self.fail(stream, request, 'toc', 'sources unknown')
             self.supply(link, self.tables[head['toc']])
+        self.use(stream, link)
         ours = next(self.serial)
         self.requests[ours] = Request(stream, request, link)
         self.clients[stream][request] = ours
@@ -3506,10 +3559,10 @@ class Report:
         return lambda *args: self.step('resolve', login_plan, *args)[0]
 
     def open(self, client_open):
-        def patched_open(client, plan, candidates, believed):
+        def patched_open(client, plan, candidates, *more):
             spec, seconds = self.step('resolve', plan.spec, candidates)
             self.say('resolve', seconds, plain_command(spec['argv']))
-            hello, seconds = self.step(plan.what, client_open, client, plan, candidates, believed)
+            hello, seconds = self.step(plan.what, client_open, client, plan, candidates, *more)
             python = '.'.join(map(str, hello['python']))
             self.say(plan.what, seconds, 'account %s, Python %s, %s' % (hello['user'], python, hello['executable']))
             return hello
@@ -3971,7 +4024,7 @@ class Agent(object):
         self.loop = Loop()
         self.number = 0                     # which agent we are; known from the first frame on
         self.routes = {}                    # number of an agent below us -> stream that leads there
-        self.accounts = {}                  # Hop of an agent that we started -> its account
+        self.started = {}                   # Hop of an agent below us -> its number and its account
         self.calls = {}                     # request -> the Call that we serve
         self.lanes = {}                     # name of a lane -> its Calls; the first one runs, the others wait for it
         self.store = Store()
@@ -4063,12 +4116,12 @@ class Agent(object):
 
         def up(hello, stream):
             self.routes[node] = stream
-            self.accounts[hop] = hello['user']
+            self.started = dict((other, names) for other, names in self.started.items() if other.code is None)
+            self.started[hop] = node, hello['user']
             stream.receive = self.from_child
             call.reply(hello)
 
         def down(text):
-            del self.accounts[hop]
             for number in [n for n, stream in self.routes.items() if stream is hop.stream]:
                 del self.routes[number]
                 self.parent.send(DOWN, number, 0, pack({'text': text}))
@@ -4077,11 +4130,12 @@ class Agent(object):
         hop = Hop(self.loop, call.head, self.core, self.cwd, call.data, up, call.fail_with, down)
         call.on_input, call.cleanup = hop.answer, hop.kill
 
-    # An account is about to be removed, which a process of its own would prevent: end our agents there, and wait.
+    # An account is about to be removed, which a process of its own would prevent, or an agent is one too many. head:
+    # name, an account or the number of an agent. End those, and wait.
     def call_retire(self, call, body):
-        leaving = [hop for hop, user in self.accounts.items() if user == call.head['user']]
+        leaving = [hop for hop, names in self.started.items() if call.head['name'] in names]
         for hop in leaving:
-            hop.end('killed', 'its account is being removed')
+            hop.end('killed', 'it was told to leave')
 
         def wait():
             if any(hop.code is None for hop in leaving):

@@ -65,6 +65,7 @@ import json
 import os
 import pwd
 import re
+import resource
 import secrets
 import shutil
 import signal
@@ -1701,7 +1702,7 @@ class Garbage:
         self.streams[0][0].closed = lambda stream, why: self.broker.link_is_down(bad, why)
         for which, key in enumerate(('bad', 'good')):
             self.ask(which, 1, dict(call='exec', to=[key], interpreter=None))
-        self.ask(2, 1, dict(call='open', key='hop', parent='bad', spec={}))
+        self.ask(2, 1, dict(call='open', key='hop', parent='bad', most=20, spec={}))
         self.ask(0, 2, dict(call='exec', to=['behind'], interpreter=None))
 
     # A stream of the broker's, and our end of it.
@@ -1757,7 +1758,7 @@ class Garbage:
         ours = [ours for ours, asked in self.broker.requests.items() if asked.link is good]
         self.streams[1][0].feed(ms.HEADER.pack(ms.REPLY, 0, good.number, ours[0], 10) + ms.pack({}) + b'good')
         assert self.heard(1) == [(ms.REPLY, 1, ms.pack({}) + b'good')], 'another link was harmed'
-        self.ask(2, 2, dict(call='open', key='hop', parent='bad', spec={}, believed=[]))
+        self.ask(2, 2, dict(call='open', key='hop', parent='bad', most=20, spec={}, believed=[]))
         for stream, ours in self.streams + self.clients:
             stream.close('the end')
             ours.close()
@@ -2083,7 +2084,7 @@ class RealSettings(Installed):
         self.assertGreater(play.sessions()[LAB.login], 3)
 
     def test_bad_value(self):
-        for name in ('STRATEGY', 'BOOT_TIMEOUT', 'WORKERS'):
+        for name in ('STRATEGY', 'BOOT_TIMEOUT', 'MAX_AGENTS', 'WORKERS'):
             with self.subTest(name):
                 play = self.run_ours(THREE_TASKS.replace('STRATEGY', ''), env={'MITOGEN_SINGLE_' + name: 'nonsense'})
                 self.assertNotEqual(play.rc, 0, play.tail())
@@ -3716,6 +3717,10 @@ COUNTER = '''
 '''
 
 
+def who_in_turn(accounts):
+    return tasks('{name: who, command: id -un, loop: %s, become: true, become_user: "{{ item }}"}' % accounts)
+
+
 class RealControl(Real):
     every_core = True
 
@@ -3903,6 +3908,76 @@ class RealControl(Real):
         self.compare(tasks('{command: id -un, loop: [root, mslab, msapp, msapp2, root, msapp], become: true, '
                            'become_user: "{{ item }}"}'), pipelining=True, logins={LAB.login: 1},
                      sudos={'root': 1, 'msapp': 1, 'msapp2': 1})
+
+    @newest
+    def test_loop_over_more_accounts_than_agents(self):
+        """Who was not used for longest goes, and comes again; the agents of all fit where nothing is said."""
+        self.needs_root()
+        six = ['root', 'msapp', 'msapp2', 'mspass', 'mstty', 'msnoisy']
+        options = dict(pipelining=True, logins={LAB.login: 1})
+        self.compare(who_in_turn(six * 2), env={'MITOGEN_SINGLE_MAX_AGENTS': '2'}, sudos=dict.fromkeys(six, 2), **options)
+        for accounts, variables, sudos in (
+                (six * 2, {}, dict.fromkeys(six, 1)),
+                (['root', 'msapp', 'root', 'msapp2', 'msapp2', 'root', 'msapp'],
+                 {'mitogen_single_max_agents': '{{ 1 + 1 }}'}, {'root': 1, 'msapp': 2, 'msapp2': 1})):
+            with self.subTest(accounts=accounts):
+                play = self.run_ours(who_in_turn(accounts), hosts={'t1': variables})
+                self.assertEqual([item['stdout'] for item in play.result('who')['results']], accounts, play.tail())
+                self.assert_counts(play, options['logins'], sudos)
+
+    @newest
+    def test_more_accounts_at_work_than_agents(self):
+        """Tasks of several hosts meet on one: nobody waits for an agent, none ends in the middle of a task."""
+        self.needs_root()
+        hosts = {'t1': {'account': 'root', 'wait': 0}, 't2': {'account': 'msapp', 'wait': 0.7},
+                 't3': {'account': 'msapp2', 'wait': 2.4}}
+        self.compare('''
+            - hosts: all
+              gather_facts: false
+              become: true
+              become_user: "{{ account }}"
+              tasks:
+                - {shell: "sleep 1; id -un {{ lookup('pipe', 'sleep ' ~ wait) }}", delegate_to: t1, register: tried,
+                   until: tried.attempts == 2, delay: 2}
+                - {copy: {content: "{{ account }}", dest: ~/x, mode: "0600"}, delegate_to: t1}
+                - {file: {path: ~/x, state: absent}, delegate_to: t1}
+        ''', pipelining=True, hosts=hosts, env={'MITOGEN_SINGLE_MAX_AGENTS': '1'}, logins={LAB.login: 1},
+                     sudos={'root': 1, 'msapp': 1, 'msapp2': 1})
+
+    @newest
+    def test_account_that_had_an_agent_is_removed(self):
+        """No process of it is in the way of userdel, whether its agent is there or has just been sent away."""
+        self.needs_root()
+        book = tasks('{user: {name: msleaves, comment: "%s", uid: %d}, become: true}' % (MARK, FIRST_UID + 50),
+                     '{command: id -un, become: true, become_user: msleaves}',
+                     '{command: id -un, become: true, become_user: msapp}',
+                     '{user: {name: msleaves, state: absent, remove: true}, become: true}')
+        self.compare(book, pipelining=True, sudos={'root': 1, 'msleaves': 1, 'msapp': 1})
+        play = self.run_ours(book, env={'MITOGEN_SINGLE_MAX_AGENTS': '1'})
+        self.assertEqual(play.rc, 0, play.tail())
+        self.assert_counts(play, None, {'root': 2, 'msleaves': 1, 'msapp': 1})
+
+    @newest
+    def test_limit_of_open_files(self):
+        """The broker takes what it may have; what it starts has what ansible-playbook has."""
+        self.needs_plugin()
+        soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+        self.addCleanup(resource.setrlimit, resource.RLIMIT_NOFILE, (soft, hard))
+        resource.setrlimit(resource.RLIMIT_NOFILE, (500, hard))
+        play = self.run_ours('''
+            - hosts: localhost
+              gather_facts: false
+              tasks:
+                - name: above
+                  shell: |
+                    process=$$
+                    while [ $process -ne %d ]; do
+                        awk '/open files/ {print $4}' /proc/$process/limits
+                        process=$(awk '/PPid/ {print $2}' /proc/$process/status)
+                    done
+        ''' % os.getpid())
+        *below, broker, playbook = map(int, play.result('above')['stdout_lines'])
+        self.assertEqual((set(below), broker, playbook), ({500}, hard, 500), play.tail())
 
     @newest
     def test_loop_whose_agent_dies(self):
