@@ -1515,7 +1515,7 @@ class Carrier:
     def open(self, plan, wanted):
         candidates = (wanted if len(wanted) == 1 else []) + python_names()
         believed = [NO_PIPE] + [NO_PYTHON] * (not wanted) + ['timeout'] * ('timeout' not in plan.unreachable)
-        most = self.option('mitogen_single_max_agents')
+        most = None if plan.what == 'login' else self.option('mitogen_single_max_agents')
         try:
             hello = _hellos[plan.key] = client().open(plan, candidates, believed, most)
             return hello
@@ -2390,7 +2390,8 @@ class Client:
                 on_data(payload[0], memoryview(payload)[1:])
 
     # Start the agent of a plan, or wait until somebody else has. Its program may ask: the dialogue knows what to say.
-    # `believed`: what need not be tried again if it has ended so before. `most`: agents that are kept below a login.
+    # `believed`: what need not be tried again if it has ended so before. `most`: agents that are kept beside it; None
+    # for a login.
     def open(self, plan, candidates, believed, most):
         dialogue = plan.dialogue()
         with self.asking() as request:
@@ -2593,6 +2594,10 @@ class Link:
             yield link
             link = link.parent
 
+    # The agent by which we came to this machine.
+    def login(self):
+        return self if self.head.get('most') is None else self.parent.login()
+
 
 # What a client asked and an agent has not answered yet.
 @dataclasses.dataclass
@@ -2776,7 +2781,8 @@ class Broker:
         link.request = ours
         if link.parent:
             link.stream = link.parent.stream
-            self.make_room(link, head['most'])
+            if head['most'] is not None:
+                self.make_room(link, head['most'])
             for above in link.parent.ancestors():
                 below = self.next_hop(above, link.parent)
                 above.stream.send(ROUTE, above.number, below, struct.pack('>I', link.number))
@@ -2795,8 +2801,8 @@ class Broker:
 
     # For one more agent below a login: those go that were not used for longest.
     def make_room(self, link, most):
-        login = list(link.ancestors())[-1]
-        kept = [other for other in self.links.values() if login in other.ancestors()]
+        login = link.login()
+        kept = [other for other in self.links.values() if other.login() is login and other is not login]
         idle = sorted(filter(self.is_idle, kept), key=lambda other: other.used)
         for other in idle[:max(0, len(kept) - most)]:
             self.retire(other)
