@@ -4630,9 +4630,10 @@ def amend_respawn(importer, module):
 # function in the new process, for the sake of a umask, also where there is none; Python needs no copy of the module's
 # memory for that process then, of which each page that the module goes on to use costs a fault: 4 ms of a 12 ms task.
 def amend_run_command(importer, module):
-    selectors, subprocess = getattr(module, 'selectors', None), module.subprocess
+    selectors = getattr(module, 'selectors', None)
     if not hasattr(selectors, 'PollSelector'):
         return
+    subprocess = module.subprocess
 
     class PollSelector(selectors.PollSelector):
         def select(self, timeout=None):
