@@ -906,7 +906,7 @@ def answer_from_a_process(ask):
     ours, theirs = multiprocessing_context.Pipe(duplex=False)
     process = multiprocessing_context.Process(target=send_answer, args=(theirs, ask))
     with ours, theirs:
-        with baton.kept():
+        with baton.kept(), display._lock:       # as stock workers are started: no thread that prints holds it then
             process.start()
         theirs.close()
         baton.held.by.programs.append(types.SimpleNamespace(pid=process.pid, poll=lambda: process.exitcode))
@@ -1216,7 +1216,7 @@ class AgentConnection(ConnectionBase):
     _interpreter = None     # the Plan of the last module's interpreter: its agent gets the files for the next one
     _refusal = None         # why stock Ansible has to run this; '' for no reason; None: not looked at yet
     _hostvars = None        # the variables of all hosts, of which some may be on the way
-    _passed = ()            # names of hosts for which this one is on the way
+    _passed = ()            # where it is on the way to another host: its name, after those that come later
     _way = None             # the Way, once it was asked for
 
     # Pipelining is ours to decide, but for somebody who set it to false for this very host or task.
@@ -1553,6 +1553,7 @@ class Carrier:
 
 @dataclasses.dataclass
 class Way:
+    via: str                # as the user calls it
     carrier: Carrier        # to the last host on the way
     account: list           # the Plans that lead to the account there
 
@@ -1560,7 +1561,7 @@ class Way:
         try:
             self.carrier.connect_all(self.account, None)
         except (NoAgent, HopFailed, AnsibleError) as e:
-            raise AnsibleConnectionFailure('on the way by %s: %s' % (self.carrier.host, e))
+            raise AnsibleConnectionFailure('on the way by %s: %s' % (self.via, e))
 
 
 # None where there is nothing between us and the host.
@@ -1568,8 +1569,12 @@ def way_to(connection):
     via = connection._options.get('mitogen_single_via')
     if via and not connection._way:
         method, user, name = re.fullmatch(r'(?:(?:([^:@]+):)?([^@]*)@)?(.+)', via).groups()
+        if not connection._hostvars or name not in connection._hostvars:
+            raise AnsibleConnectionFailure('no way by %s: there is no such host in the inventory' % via)
+        if name in connection._passed:
+            raise AnsibleConnectionFailure('no way by %s: it leads in a circle' % via)
         carrier = Carrier(connection_on_the_way(connection, method, user, name))
-        connection._way = Way(carrier, carrier.account(bool(method)))
+        connection._way = Way(via, carrier, carrier.account(bool(method)))
     return connection._way
 
 
@@ -1579,20 +1584,15 @@ def names_a_way(variables):
 
 # As a task for that host would have it.
 def connection_on_the_way(behind, method, user, name):
-    passed = behind._passed + (behind._play_context.remote_addr,)
-    if not behind._hostvars or name not in behind._hostvars:
-        raise AnsibleConnectionFailure('no way to %s: there is no host %s in the inventory' % (passed[-1], name))
-    if name in passed or len(passed) > len(behind._hostvars):
-        raise AnsibleConnectionFailure('no way to %s: it leads in a circle by %s' % (passed[-1], name))
     variables = behind._hostvars[name]
     context = PlayContext()
     context.remote_addr = variables.get('ansible_host', name)
     connection = connection_loader.get(variables.get('ansible_connection', 'ssh'), context, new_stdin=None)
     if not isinstance(connection, AgentConnection):
-        raise AnsibleConnectionFailure('no way to %s: %s has no agent' % (passed[-1], name))
+        raise AnsibleConnectionFailure('no way by %s: there can be no agent' % name)
     connection.set_options(var_options=options_of('connection', connection, variables),
                            direct={'remote_user': user} if user and not method else None)
-    connection._hostvars, connection._passed = behind._hostvars, passed
+    connection._hostvars, connection._passed = behind._hostvars, behind._passed + (name,)
     context.remote_user = connection._options.get('remote_user')
     if method:
         connection.set_become_plugin(become_on_the_way(method, user, variables))

@@ -2454,10 +2454,10 @@ class RealConnections(Real):
         said = {event['host']: event['result'].get('msg', '') for event in play.events()
                 if event['event'] == 'runner_unreachable'}
         for host, message in {
-                'lost': 'no way to 127.0.0.1: there is no host nowhere in the inventory', 'round': 'circle',
-                'circle': 'circle', 'closed': 'on the way by .*Connection refused', 'shut': 'Connection refused',
-                'nobody': 'on the way by .*msnobody', 'odd': 'Invalid become method .*sauce',
-                'silent': 'on the way by .*(Missing sudo password|a password is required)', 'bare': 'no agent, and so no way'}.items():
+                'lost': 'no way by nowhere: there is no such host in the inventory', 'round': 'in a circle',
+                'circle': 'in a circle', 'closed': 'on the way by shut: .*Connection refused',
+                'shut': 'Connection refused', 'nobody': 'on the way by sudo:msnobody@t1: .*msnobody', 'odd': 'Invalid become method .*sauce',
+                'silent': 'on the way by sudo:root@asks: .*(Missing sudo password|a password is required)', 'bare': 'no agent, and so no way'}.items():
             self.assertRegex(said.get(host, ''), message, host)
         self.assertEqual([play.status('who', host) for host in ('t1', 'asks', 'ways')], ['ok'] * 3, play.tail())
         self.assertIn('cannot go by way of mitogen_via', play.result('sync')['msg'])
