@@ -547,7 +547,7 @@ class WorkerThread(threading.Thread):
         self.outside = Outside(stock)
         self.client = None
         self.exitcode = None
-        self.worker_queue = None    # prompts for a process
+        self.worker_queue = None    # prompts for a process, once it is one
         self.programs = []          # what its plugins started
         self.is_ended = False       # somebody called terminate()
         self.holder = None          # the thread that had the baton last for this worker: its own, or an item's
@@ -578,11 +578,12 @@ class WorkerThread(threading.Thread):
 
     # Another host of this task has shown meanwhile that it is a heavy one: be a stock worker after all.
     def run_apart(self):
-        self.stock.worker_queue = self.worker_queue = worker_process.WorkerQueue(ctx=multiprocessing_context)
+        self.stock.worker_queue = worker_process.WorkerQueue(ctx=multiprocessing_context)
         self.outside.take_off()
         with baton.kept():
             self.stock.start()
         self.outside.put_on()
+        self.worker_queue = self.stock.worker_queue
         with baton.passed_on():
             multiprocessing_connection.wait([self.stock.sentinel])
         self.stock.join()
