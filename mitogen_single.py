@@ -149,6 +149,12 @@ DOCUMENTATION = """
           plays that name it, be it C(mitogen_single), C(mitogen_single_free), C(mitogen_linear) or what else it is
           called there.
         - Connections that it cannot carry are left to the stock plugins.
+    notes:
+        - Of Mitogen's variables C(mitogen_via), C(mitogen_ssh_compression), C(mitogen_ssh_keepalive_interval) and
+          C(mitogen_ssh_keepalive_count) are honoured. C(mitogen_task_isolation) has nothing to ask for, since each
+          module runs in a process of its own; nor has C(mitogen_mask_remote_name), since nothing on a target bears the
+          name of the controller. In the place of C(mitogen_docker_path), C(mitogen_lxc_path) and so on there are the
+          connection plugin's own options, in that of C(mitogen_ssh_debug_level) C(ssh_extra_args).
     author: the mitogen_single authors
     version_added: historical
     options:
