@@ -444,8 +444,9 @@ LOCALHOST = ('localhost', '127.0.0.1', '::1')
 REVIEWED |= {'ansible.plugins.lookup.' + name for name in (
     'config csvfile dict env file fileglob first_found indexed_items ini inventory_hostnames items list nested '
     'random_choice sequence subelements template together unvault varnames vars').split()}
-LONG = 0.05             # processor seconds after which a task is too heavy to be done by one host after the other: a
-                        # forked worker costs 25 ms, and with two cores half of what it does is gained
+# Seconds of work, and of waiting, with the baton after which a task is too heavy to be done by one host after another.
+# A forked worker costs 25 ms, and with two cores half of what it does is gained; a full machine lets wait 30 ms.
+LONG, LONG_WAIT = 0.05, 0.1
 _heavy = set()          # uuids of such tasks
 
 
@@ -639,10 +640,11 @@ class Outside:
         worker_process.current_worker = self.stock
         if self.changed:
             set_surroundings(self.changed)
-        self.since = time.thread_time()
+        self.since = clocks()
 
     def take_off(self):
-        if time.thread_time() - self.since > LONG:
+        worked, passed = [now - then for now, then in zip(clocks(), self.since)]
+        if worked > LONG or passed - worked > LONG_WAIT:
             _heavy.add(self.stock._task._uuid)
         sys.stdout, sys.stderr, before = self.before
         display._final_q = worker_process.current_worker = None
@@ -650,6 +652,11 @@ class Outside:
         self.changed = after if after != before else None
         if self.changed:
             set_surroundings(before)
+
+
+# What this thread has worked, and the time.
+def clocks():
+    return time.thread_time(), time.monotonic()
 
 
 # The environment as os.environ keeps it: to decode it takes 0.2 ms, ten times a task.
@@ -739,11 +746,12 @@ class Baton:
     # Around what takes long only once: it says nothing about the task.
     @contextlib.contextmanager
     def uncounted(self):
-        began = time.thread_time()
+        began = clocks()
         yield
         worker = getattr(self.held, 'by', None)
         if worker:
-            worker.outside.since += time.thread_time() - began
+            worker.outside.since = [then + now - before for then, now, before in
+                                    zip(worker.outside.since, clocks(), began)]
 
     # Around a wait that is known to be short, and inside of which nobody else may run.
     @contextlib.contextmanager

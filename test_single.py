@@ -4147,12 +4147,13 @@ class RealControl(Real):
         """The first host shows that a task is one; the others are processes, though they were threads already."""
         stock, ours = self.compare(tasks(
             '{name: heavy, command: printenv PID, environment: {PID: "{{ 0.2 | burn }}"}}', '{name: light, command: echo light}',
+            '{name: waiting, command: printenv PID, environment: {PID: "{{ 0.3 | doze }}"}}',
             '{name: quick, command: printenv PID, environment: {PID: "{{ 0 | burn }}"}}'), hosts=many_hosts(4), logins={LAB.login: 4},
             files={'filter_plugins/burn.py': BURN}, without=('stdout', 'stdout_lines'))
         if self.ours:
             pids = {name: [event['result']['stdout'] for event in ours.events()
-                           if event['event'] == 'runner_ok' and event['task'] == name] for name in ('heavy', 'quick')}
-            self.assertEqual([len(set(pids['heavy'])), len(set(pids['quick']))], [4, 1], pids)
+                           if event['event'] == 'runner_ok' and event['task'] == name] for name in ('heavy', 'waiting', 'quick')}
+            self.assertEqual([len(set(pids[name])) for name in pids], [4, 4, 1], pids)
 
 
 OWN_LOOKUP = '''
@@ -4221,9 +4222,13 @@ BURN = '''
             pass
         return os.getpid()
 
+    def doze(seconds):
+        time.sleep(seconds)
+        return os.getpid()
+
     class FilterModule:
         def filters(self):
-            return {'burn': burn}
+            return {'burn': burn, 'doze': doze}
     '''
 
 
