@@ -4662,7 +4662,8 @@ def amend_run_command(importer, module):
             subprocess.Popen.__init__(self, *args, **options)
 
     module.selectors = varied(selectors, PollSelector=PollSelector)
-    module.subprocess = varied(subprocess, Popen=Popen)
+    if not PY2:     # where that function is what ends the ignoring of SIGPIPE
+        module.subprocess = varied(subprocess, Popen=Popen)
 
 
 def closure_of(function):
