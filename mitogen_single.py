@@ -112,8 +112,8 @@ try:
     from ansible.module_utils.common.text.converters import to_bytes, to_text
     from ansible.module_utils.common.yaml import yaml_load
     from ansible.module_utils.parsing.convert_bool import boolean
-    from ansible.plugins import action as action_plugins
     from ansible.playbook.play_context import PlayContext
+    from ansible.plugins import action as action_plugins
     from ansible.plugins import strategy as strategy_plugins
     from ansible.plugins.action import copy as copy_action, fetch as fetch_action
     from ansible.plugins.callback import CallbackBase
@@ -439,11 +439,11 @@ REVIEWED |= {'ansible.plugins.connection.ssh', 'ansible.plugins.connection.local
     'ansible_collections.%s.plugins.connection.%s' % tuple(name.rsplit('.', 1)) for name in (
         'community.docker.docker community.docker.nsenter community.general.chroot community.general.incus '
         'community.general.lxd community.okd.oc containers.podman.podman kubernetes.core.kubectl').split()}
-LOCALHOST = ('localhost', '127.0.0.1', '::1')
 # And lookup plugins, which find what they look for on this machine.
 REVIEWED |= {'ansible.plugins.lookup.' + name for name in (
     'config csvfile dict env file fileglob first_found indexed_items ini inventory_hostnames items list nested '
     'random_choice sequence subelements template together unvault varnames vars').split()}
+LOCALHOST = ('localhost', '127.0.0.1', '::1')
 # Seconds of work, and of waiting, with the baton after which a task is too heavy to be done by one host after another.
 # A forked worker costs 25 ms, and with two cores half of what it does is gained; a full machine lets wait 30 ms.
 LONG, LONG_WAIT = 0.05, 0.1
@@ -557,7 +557,6 @@ class WorkerThread(threading.Thread):
         self.worker_queue = None    # prompts for a process, once it is one
         self.programs = []          # what its plugins started
         self.is_ended = False       # somebody called terminate()
-        self.holder = None          # the thread that had the baton last for this worker: its own, or an item's
 
     # Over when the result is on its way: before the thread ends, and before anybody else gets the baton.
     def is_alive(self):
@@ -640,6 +639,7 @@ class Outside:
         worker_process.current_worker = self.stock
         if self.changed:
             set_surroundings(self.changed)
+        self.thread = threading.get_ident()     # the worker's own, or an item's
         self.since = clocks()
 
     def take_off(self):
@@ -709,7 +709,7 @@ class Baton:
         while not self.lock.acquire(timeout=1):
             for worker in list(self.workers):
                 if worker.stock is worker_process.current_worker:
-                    ctypes.pythonapi.PyThreadState_SetAsyncExc(ctypes.c_ulong(worker.holder),
+                    ctypes.pythonapi.PyThreadState_SetAsyncExc(ctypes.c_ulong(worker.outside.thread),
                                                                ctypes.py_object(SystemExit))
 
     @contextlib.contextmanager
@@ -717,7 +717,6 @@ class Baton:
         self.held.by = worker
         self.lock.acquire()
         worker.outside.put_on()
-        worker.holder = threading.get_ident()
         try:
             yield
         finally:
@@ -739,7 +738,6 @@ class Baton:
             if worker:
                 self.lock.acquire()
                 worker.outside.put_on()
-                worker.holder = threading.get_ident()
                 if worker.is_ended:
                     raise SystemExit
 
@@ -2818,9 +2816,10 @@ class Broker:
     def make_room(self, link, most):
         login = link.login()
         kept = [other for other in self.links.values() if other.login() is login and other is not login]
-        idle = sorted(filter(self.is_idle, kept), key=lambda other: other.used)
-        for other in idle[:max(0, len(kept) - most)]:
-            self.retire(other)
+        if len(kept) > most:
+            idle = sorted(filter(self.is_idle, kept), key=lambda other: other.used)
+            for other in idle[:len(kept) - most]:
+                self.retire(other)
 
     def is_idle(self, link):
         busy = [link for asked in self.requests.values() for link in (asked.link, asked.opens)]
