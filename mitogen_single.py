@@ -446,7 +446,8 @@ REVIEWED |= {'ansible.plugins.lookup.' + name for name in (
 LOCALHOST = ('localhost', '127.0.0.1', '::1')
 # Seconds of work, and of waiting, with the baton after which a task is too heavy to be done by one host after another.
 # A forked worker costs 25 ms, and with two cores half of what it does is gained; a full machine lets wait 30 ms.
-LONG, LONG_WAIT = 0.05, 0.1
+LONG = 0.05
+LONG_WAIT = 0.1
 _heavy = set()          # uuids of such tasks
 
 

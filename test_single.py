@@ -1252,6 +1252,12 @@ class Text(unittest.TestCase):
         parts = BANNER.split(self.text)
         return dict(zip(parts[2::3], parts[3::3]))
 
+    def test_ansible_doc_can_read_every_assignment(self):
+        """It warns of one that has not just a name on its left side."""
+        for node in ast.parse(self.text).body:
+            for target in node.targets if isinstance(node, ast.Assign) else ():
+                self.assertIsInstance(target, ast.Name, ast.unparse(node))
+
     def test_banners_are_consecutive(self):
         numbers = [int(number) for number, noun in BANNER.findall(self.text)]
         first = numbers[0] if numbers else None
@@ -2057,13 +2063,13 @@ SETTINGS = '''
 class RealSettings(Installed):
     def test_for_ssh(self):
         """By environment, ansible.cfg and variables of Mitogen's; t2 has one of its own."""
-        log = '#!/bin/sh\nprintf "%%s " "$@" >> %s/args; echo >> %s/args; exec ssh "$@"\n'
+        log = '#!/bin/sh\necho "$@ " >> %s/args; exec ssh "$@"\n'      # one write a host: they run side by side
         hosts = {'t1': {}, 't2': {'ansible_host': '127.0.0.2', 'mitogen_single_ssh_compression': False}}
         for host in hosts.values():
             host['ansible_ssh_executable'] = './ssh.sh'
         play = self.new(self.plugin, SETTINGS, hosts=hosts, env={'MITOGEN_SINGLE_SSH_COMPRESSION': 'yes'},
                         files={'ansible.cfg': '[mitogen_single]\nssh_keepalive_interval = 17\n'})
-        play.write_files({'ssh.sh': log % (play.dir, play.dir)})
+        play.write_files({'ssh.sh': log % play.dir})
         self.assertEqual(play.run().rc, 0, play.tail())
         with open(os.path.join(play.dir, 'args')) as file:
             lines = sorted(file, key=lambda line: '@127.0.0.2' in line or ' 127.0.0.2 ' in line)
