@@ -2063,7 +2063,7 @@ SETTINGS = '''
 class RealSettings(Installed):
     def test_for_ssh(self):
         """By environment, ansible.cfg and variables of Mitogen's; t2 has one of its own."""
-        log = '#!/bin/sh\necho "$@ " >> %s/args; exec ssh "$@"\n'      # one write a host: they run side by side
+        log = '#!/bin/sh\necho "$@ " > %s/args.$$; exec ssh "$@"\n'
         hosts = {'t1': {}, 't2': {'ansible_host': '127.0.0.2', 'mitogen_single_ssh_compression': False}}
         for host in hosts.values():
             host['ansible_ssh_executable'] = './ssh.sh'
@@ -2071,11 +2071,14 @@ class RealSettings(Installed):
                         files={'ansible.cfg': '[mitogen_single]\nssh_keepalive_interval = 17\n'})
         play.write_files({'ssh.sh': log % play.dir})
         self.assertEqual(play.run().rc, 0, play.tail())
-        with open(os.path.join(play.dir, 'args')) as file:
-            lines = sorted(file, key=lambda line: '@127.0.0.2' in line or ' 127.0.0.2 ' in line)
-        for line, compression in zip(lines, ('yes', 'no'), strict=True):
+        found = {}
+        for path in glob.glob(os.path.join(play.dir, 'args.*')):
+            with open(path) as file:
+                args = file.read()
+            found['t2' if ' 127.0.0.2 ' in args or '@127.0.0.2 ' in args else 't1'] = args
+        for host, compression in (('t1', 'yes'), ('t2', 'no')):
             for option in ('Compression=' + compression, 'ServerAliveInterval=17', 'ServerAliveCountMax=2'):
-                self.assertIn('-o %s ' % option, line)
+                self.assertIn('-o %s ' % option, found[host])
 
     def test_disabled(self):
         """For one host, by a template; for one task; for all."""
