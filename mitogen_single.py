@@ -5066,7 +5066,7 @@ def warm(agent, toc):
         printed, sys.stdout = sys.stdout, open(os.devnull, 'w')     # basic prints, and exits, where Python is too old
         try:
             for name in COMMON + tuple(path[:-3].replace('/', '.') for path in sorted(table) if '/_profiles/_' in path):
-                if finder.locate(name)[0]:
+                if '.' not in name or finder.locate(name)[0]:
                     __import__(name)
         except BaseException:
             purge(finder)
