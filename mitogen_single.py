@@ -1220,9 +1220,9 @@ def load_class(loader, name, collections=()):
 
 
 # What is here now will stay. A garbage collection in a forked worker would otherwise touch, and so copy, all of it.
+# What of it is garbage is not worth the 60 ms that it takes to find out.
 @functools.lru_cache(maxsize=None)
 def freeze():
-    gc.collect()
     gc.freeze()
 
 
