@@ -402,9 +402,9 @@ class Lab:
         self.write('known_hosts', '[127.0.0.*]:* ' + self.read('host_key.pub'))
         self.write('wrong_hosts', '[127.0.0.*]:* ' + self.read('other_key.pub'))
 
-    def sshd(self, prepare=''):
+    def sshd(self, prepare='', settings=''):
         """Start one more sshd; with `prepare`, after that shell line in a mount namespace of its own."""
-        self.sshds.append(Sshd(self, prepare))
+        self.sshds.append(Sshd(self, prepare, settings))
         return self.sshds[-1]
 
     def path(self, *names):
@@ -438,7 +438,7 @@ class Lab:
 class Sshd:
     """One sshd in a process group of its own, so that it can be stopped with all its sessions."""
 
-    def __init__(self, lab, prepare):
+    def __init__(self, lab, prepare, settings=''):
         self.lab = lab
         self.prepare = prepare
         self.port = free_port()
@@ -446,7 +446,7 @@ class Sshd:
         self.process = None
         fields = {'root': lab.root, 'bare': BARE_ROOT, 'port': self.port,
                   'passwords': 'yes' if ROOT else 'no'}
-        lab.write(os.path.basename(self.config), (SSHD_CONFIG + SSHD_MATCHES * ROOT) % fields)
+        lab.write(os.path.basename(self.config), settings + (SSHD_CONFIG + SSHD_MATCHES * ROOT) % fields)
         self.start()
 
     def start(self):
@@ -4514,11 +4514,11 @@ class RealFailures(Real):
         self.assertIn(play.status('copy'), ('failed', 'unreachable'), play.tail())
         self.assertEqual(play.status('next'), 'ok', play.tail())
 
-    def odd_tmp(self, prepare, **options):
-        """An sshd in a mount namespace of its own, where /tmp is as `prepare` made it."""
+    def on_odd_machine(self, prepare='', settings='', **options):
+        """An sshd with `settings` more, and in a mount namespace of its own what the shell line `prepare` made."""
         self.needs_root()
         try:
-            server = LAB.sshd(prepare)
+            server = LAB.sshd(prepare, settings)
         except RuntimeError:
             self.skipTest('no mount namespaces on this machine')
         try:
@@ -4529,16 +4529,29 @@ class RealFailures(Real):
             server.stop()
 
     @newest
+    def test_few_descriptors_and_processes(self):
+        self.on_odd_machine('ulimit -n 100; ulimit -u 35')
+
+    @newest
+    def test_no_shared_memory(self):
+        self.on_odd_machine('mount -t tmpfs -o ro tmpfs /dev/shm')
+
+    @newest
+    def test_one_session_per_connection(self):
+        """Of two settings sshd takes the first."""
+        self.on_odd_machine(settings='MaxSessions 1\n')
+
+    @newest
     def test_full_tmp(self):
-        self.odd_tmp('mount -t tmpfs -o size=16k,mode=1777 tmpfs /tmp && (dd if=/dev/zero of=/tmp/fill 2>/dev/null; true)')
+        self.on_odd_machine('mount -t tmpfs -o size=16k,mode=1777 tmpfs /tmp && (dd if=/dev/zero of=/tmp/fill 2>/dev/null; true)')
 
     @newest
     def test_read_only_tmp(self):
-        self.odd_tmp('mount -t tmpfs -o ro,size=16k,mode=1777 tmpfs /tmp')
+        self.on_odd_machine('mount -t tmpfs -o ro,size=16k,mode=1777 tmpfs /tmp')
 
     @newest
     def test_noexec_tmp(self):
-        self.odd_tmp('mount -t tmpfs -o noexec,size=1m,mode=1777 tmpfs /tmp')
+        self.on_odd_machine('mount -t tmpfs -o noexec,size=1m,mode=1777 tmpfs /tmp')
 
     def test_python_too_old(self):
         found = pythons()
@@ -4560,13 +4573,13 @@ class RealFailures(Real):
             - {name: after, command: echo after}
         '''
 
-    def kill_during_sleep(self, choose, sign=signal.SIGKILL, orphans=False):
+    def kill_during_sleep(self, choose, sign=signal.SIGKILL, orphans=False, **options):
         """Run KILLS on two hosts and kill what `choose` finds while the victim sleeps.
 
         `orphans`: what the killed process had started lives on, as in stock: nobody is left to end it.
         """
         self.needs_plugin()
-        play = self.new(self.plugin, self.KILLS, hosts=many_hosts(2), timeout=55).start()
+        play = self.new(self.plugin, self.KILLS, hosts=many_hosts(2), timeout=55, **options).start()
         try:
             sleeper = wait_for(lambda: self.sleepers(play), 20, 'the victim does not start')[0]
             targets = choose(play, sleeper)
@@ -4593,6 +4606,26 @@ class RealFailures(Real):
 
     def test_agent_killed(self):
         self.kill_during_sleep(lambda play, sleeper: [parent_of(parent_of(sleeper))], orphans=True)
+
+    @newest
+    def test_link_frozen(self):
+        """Nothing comes any more, and nothing says so, but for the keepalives of ssh that nobody answers."""
+        stopped = []
+
+        def session(play, sleeper):
+            pid = sleeper
+            while pid > 1 and proc(pid, 'comm').strip() not in ('sshd', 'sshd-session'):
+                pid = parent_of(pid)
+            stopped.append(pid)
+            return [pid]
+
+        try:
+            play = self.kill_during_sleep(session, signal.SIGSTOP, orphans=True,
+                                          env={'MITOGEN_SINGLE_SSH_KEEPALIVE_INTERVAL': '1'})
+        finally:
+            for pid in stopped:
+                kill(pid)
+        self.assertEqual(play.status('victim', 't1'), 'unreachable', play.tail())
 
     def ssh_of(self, play, sleeper):
         """The ssh process of the host on which the sleeper sleeps: by the port of its end."""
