@@ -366,7 +366,7 @@ def patches():
         # Items of a loop do not wait for each other's answers where they may not.
         (task_executor.TaskExecutor, '_run_loop', running_items_ahead),
         (subprocess.Popen, '__init__', starting_without_terminal),
-        # Hosts and items share what their settings are and their templates were compiled to.
+        # What would come out alike for hosts, tasks and items is worked out once: settings, compiled templates.
         (ConfigManager, 'get_config_value_and_origin', remembering_settings),
         (jinja2.Environment, '_compile', compiling_once),
         # A module for one of our connections is built with a table of contents in the place of its zip ...

@@ -2675,6 +2675,16 @@ class RealBecome(Real):
         self.compare(self.book(), logins={'mslab': 1}, sudos={'root': 1, 'msapp': 1})
 
     @newest
+    def test_settings_come_and_go(self):
+        """What a variable or a keyword sets for one task is not what the next one has."""
+        self.compare(tasks(
+            '{command: id -un, become: true}', '{command: id -un, become: true, vars: {ansible_become_user: msapp}}',
+            '{command: id -un, become: true}', '{command: id -un, become: true, become_user: msapp}',
+            '{command: id -un, become: true}', '{command: id -un, become: true, vars: {ansible_become_flags: "-H -n -E"}}',
+            '{command: printenv HOME, become: true, loop: [a, b, c]}',
+            '{command: id -un, vars: {ansible_user: mspass}}', '{command: id -un}'))
+
+    @newest
     def test_by_command_line(self):
         self.compare(WHO, args=['-b', '--become-user', 'msapp'], sudos={'msapp': 1})
 
