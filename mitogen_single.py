@@ -283,6 +283,7 @@ def stock_strategy(name, *args, **kwargs):
 def run_carried(run, *args):
     module = sys.modules[run.__module__]
     sleeping = [(module, 'time', with_sleep_until_news)] if hasattr(module, 'time') else []
+    note_passwords(args[1])
     with patched(*sleeping), baton:
         return run(*args)
 
@@ -1666,7 +1667,7 @@ def connection_on_the_way(behind, method, user, name):
     connection = connection_loader.get(variables.get('ansible_connection', 'ssh'), context, new_stdin=None)
     if not isinstance(connection, AgentConnection):
         raise AnsibleConnectionFailure('no way by %s: there can be no agent' % name)
-    connection.set_options(var_options=options_of('connection', connection, variables),
+    connection.set_options(task_keys=typed('password'), var_options=options_of('connection', connection, variables),
                            direct={'remote_user': user} if user and not method else None)
     connection._hostvars, connection._passed = behind._hostvars, behind._passed + (name,)
     context.remote_user = connection._options.get('remote_user')
@@ -1679,8 +1680,21 @@ def become_on_the_way(method, user, variables):
     become = become_loader.get(method)
     if not become:
         raise AnsibleConnectionFailure('Invalid become method specified, could not find matching plugin: %s' % method)
-    become.set_options(var_options=options_of('become', become, variables), direct={'become_user': user})
+    become.set_options(task_keys=typed('become_pass'), var_options=options_of('become', become, variables),
+                       direct={'become_user': user})
     return become
+
+
+_passwords = {}         # name of an option -> what the user typed for all hosts
+
+
+# When a play starts: tasks see a PlayContext in which their host's own variables count more.
+def note_passwords(play_context):
+    _passwords.update(password=play_context.password, become_pass=play_context.become_pass)
+
+
+def typed(option):
+    return {option: _passwords[option]} if _passwords.get(option) else {}
 
 
 # The variables that a plugin's options are made from.

@@ -2460,6 +2460,17 @@ class RealConnections(Real):
             logins={'mslab': 4, 'mstty': 1, 'msnoisy': 1})
 
     @newest
+    def test_passwords_on_the_way(self):
+        """Those that the user types are for all hosts, and so for those on the way."""
+        self.needs_plugin()
+        keyless = {'ansible_ssh_private_key_file': None}
+        play = self.run_ours(WHO.replace('hosts: all', 'hosts: inner'), files={'pw': LAB.password + '\n'}, hosts={
+            'gate': dict(keyless, ansible_user='mspass'), 'inner': dict(keyless, mitogen_via='sudo:root@gate')},
+            args=['--connection-password-file', 'pw', '--become-password-file', 'pw'])
+        self.assertEqual(play.rc, 0, play.tail())
+        self.assertEqual(dict(play.sessions()), {'mspass': 1, LAB.login: 1})
+
+    @newest
     def test_no_way(self):
         """An unknown host, a circle, a closed port, no such account, nothing to go by: the others go on."""
         self.needs_plugin()
