@@ -111,6 +111,7 @@ try:
                                 AnsibleFileNotFound)
     from ansible.executor import module_common, task_executor
     from ansible.executor.process import worker as worker_process
+    from ansible.executor.task_queue_manager import FinalQueue
     from ansible.module_utils.common.text.converters import to_bytes, to_text
     from ansible.module_utils.common.yaml import yaml_load
     from ansible.module_utils.parsing.convert_bool import boolean
@@ -367,6 +368,8 @@ def patches():
         # Items of a loop do not wait for each other's answers where they may not.
         (task_executor.TaskExecutor, '_run_loop', running_items_ahead),
         (subprocess.Popen, '__init__', starting_without_terminal),
+        (signal, 'signal', handling_signals_apart),
+        (FinalQueue, 'send_callback', noting_events),
         # What would come out alike for hosts, tasks and items is worked out once: settings, compiled templates.
         (ConfigManager, 'get_config_value_and_origin', remembering_settings),
         (jinja2.Environment, '_compile', compiling_once),
@@ -454,7 +457,7 @@ LOCALHOST = ('localhost', '127.0.0.1', '::1')
 # A forked worker costs 25 ms, and with two cores half of what it does is gained; a full machine lets wait 30 ms.
 LONG = 0.05
 LONG_WAIT = 0.1
-_heavy = set()          # uuids of such tasks
+_heavy = set()          # uuids of such tasks, and of those that need a main thread
 
 
 def choosing_worker(stock):
@@ -469,7 +472,7 @@ def choosing_worker(stock):
             process = stock(*[own[name] for name in WORKER_ARGUMENTS[:len(args)]],
                             **{name: own[name] for name in kwargs})
         process._new_stdin = None       # up to ansible-core 2.18 its start() would set it; nothing reads it any more
-        return WorkerThread(process)
+        return WorkerThread(process, functools.partial(stock, *args, **kwargs))
     return worker
 
 
@@ -553,9 +556,10 @@ def without_queues():
 
 # Has the face of a WorkerProcess, as the strategy and the task queue manager know it.
 class WorkerThread(threading.Thread):
-    def __init__(self, stock):
+    def __init__(self, stock, anew):
         super().__init__(daemon=True)
         self.stock = stock
+        self.anew = anew            # () -> another stock worker for the same task, of which nothing was touched yet
         self._task = stock._task
         self.worker_id = stock.worker_id
         self.outside = Outside(stock)
@@ -563,6 +567,7 @@ class WorkerThread(threading.Thread):
         self.exitcode = None
         self.worker_queue = None    # prompts for a process, once it is one
         self.programs = []          # what its plugins started
+        self.has_acted = False      # see note_action()
         self.is_ended = False       # somebody called terminate()
 
     # Over when the result is on its way: before the thread ends, and before anybody else gets the baton.
@@ -584,12 +589,18 @@ class WorkerThread(threading.Thread):
         baton.news.set()
 
     def run_here(self):
-        with task_context(self.stock):
-            self.stock._run()
-        self.stock._loader.cleanup_all_tmp_files()
-        return 0
+        try:
+            with task_context(self.stock):
+                self.stock._run()
+            return 0
+        except NeedsMainThread:
+            _heavy.add(self._task._uuid)
+        finally:
+            self.stock._loader.cleanup_all_tmp_files()
+        self.stock = self.anew()
+        return self.run_apart()
 
-    # Another host of this task has shown meanwhile that it is a heavy one: be a stock worker after all.
+    # Be a stock worker after all: this host, or another one of this task, has shown meanwhile that it has to be one.
     def run_apart(self):
         self.stock.worker_queue = worker_process.WorkerQueue(ctx=multiprocessing_context)
         self.outside.take_off()
@@ -619,6 +630,34 @@ class WorkerThread(threading.Thread):
                 kill_group(program.pid, signal.SIGTERM)
 
     kill = terminate
+
+
+class NeedsMainThread(BaseException):
+    """A plugin asks for what only a main thread can have, and nobody has seen anything of its task yet."""
+
+
+# A filter may guard itself by an alarm. In a forked worker it can.
+def handling_signals_apart(set_handler):
+    def patched_signal(*args):
+        worker = getattr(baton.held, 'by', None)
+        if worker and not worker.has_acted:
+            raise NeedsMainThread
+        return set_handler(*args)
+    return patched_signal
+
+
+# From here on the task cannot begin once more: it has sent an event, or reached for its host.
+def note_action():
+    worker = getattr(baton.held, 'by', None)
+    if worker:
+        worker.has_acted = True
+
+
+def noting_events(send_callback):
+    def patched_send(*args, **kwargs):
+        note_action()
+        return send_callback(*args, **kwargs)
+    return patched_send
 
 
 # The ambient task of ansible-core 2.19 and later.
@@ -1332,6 +1371,7 @@ class AgentConnection(ConnectionBase):
             plugin.build_become_command = build_become_command
 
     def exec_command(self, cmd, in_data=None, sudoable=True):
+        note_action()
         try:
             carrier = is_carried(self) and Carrier(self)
             # A shell command on this machine costs no more the stock way.
@@ -1352,6 +1392,7 @@ class AgentConnection(ConnectionBase):
         return self.transfer_by_agent('FETCH', Carrier.fetch, super().fetch_file, in_path, out_path)
 
     def transfer_by_agent(self, verb, ours, stock, in_path, out_path):
+        note_action()
         try:
             carrier = is_carried(self) and Carrier(self)
             if carrier and carrier.leads_away:

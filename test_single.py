@@ -4186,6 +4186,15 @@ class RealControl(Real):
             '{name: undefined, debug: {msg: "{{ lookup(\'own\', nothing) }}"}, ignore_errors: true}'),
             hosts=many_hosts(4), files={'lookup_plugins/own.py': OWN_LOOKUP}, without=('exception',))
 
+    def test_plugin_that_needs_a_main_thread(self):
+        """Only there may a filter set an alarm: its task becomes a process, before anything of it was seen."""
+        self.compare(tasks(
+            '{name: argument, command: "echo {{ \'a\' | alarmed }}"}', '{name: debug, debug: {msg: "{{ \'a\' | alarmed }}"}}',
+            '{name: loop, command: "echo {{ item | alarmed }}", loop: [1, 2, 3, 4]}',
+            '{name: loop of debug, debug: {msg: "{{ item | alarmed }}"}, loop: [1, 2, 3]}',
+            '{name: condition, command: echo yes, when: "\'a\' | alarmed == \'a\'"}', '{name: after, command: echo after}'),
+            hosts=many_hosts(2), files={'filter_plugins/alarmed.py': ALARMED})
+
     def test_heavy_tasks(self):
         """The first host shows that a task is one; the others are processes, though they were threads already."""
         stock, ours = self.compare(tasks(
@@ -4256,6 +4265,21 @@ OWN_LOOKUP = '''
         def fail_oddly(self, variables):
             raise Odd(1, 2)
     '''
+
+ALARMED = '''
+import signal
+
+
+def alarmed(value):
+    before = signal.signal(signal.SIGALRM, lambda *args: None)
+    signal.signal(signal.SIGALRM, before)
+    return value
+
+
+class FilterModule:
+    def filters(self):
+        return {'alarmed': alarmed}
+'''
 
 BURN = '''
     import os, time
