@@ -4195,6 +4195,16 @@ class RealControl(Real):
             '{name: condition, command: echo yes, when: "\'a\' | alarmed == \'a\'"}', '{name: after, command: echo after}'),
             hosts=many_hosts(2), files={'filter_plugins/alarmed.py': ALARMED})
 
+    def test_plugin_that_changes_the_process(self):
+        """The next task does not see it, nor does another host, nor the same task that goes on."""
+        self.compare(tasks(
+            '{name: before, debug: {msg: "{{ 0 | look }}"}}',
+            '{name: changes, command: "echo {{ 0 | change }} {{ 0 | look }}", changed_when: "0 | look | length == 0"}',
+            '{name: after, debug: {msg: "{{ 0 | look }}"}}',
+            '{name: loop, command: "echo {{ item | change }} {{ item | look }}", loop: [1, 2, 3]}',
+            '{name: in the end, debug: {msg: "{{ 0 | look }}"}}'),
+            hosts=many_hosts(2), files={'filter_plugins/mischief.py': MISCHIEF})
+
     def test_heavy_tasks(self):
         """The first host shows that a task is one; the others are processes, though they were threads already."""
         stock, ours = self.compare(tasks(
@@ -4265,6 +4275,33 @@ OWN_LOOKUP = '''
         def fail_oddly(self, variables):
             raise Odd(1, 2)
     '''
+
+MISCHIEF = '''
+import locale, os, socket, time
+
+
+def change(value):
+    os.environ['OWN'] = 'changed'
+    os.environ['TZ'] = 'XYZ-3'
+    time.tzset()
+    os.umask(0o7)
+    os.chdir('/')
+    socket.setdefaulttimeout(7)
+    locale.setlocale(locale.LC_ALL, 'C')
+    return 'done'
+
+
+def look(value):
+    mask = os.umask(0)
+    os.umask(mask)
+    return '%s %s %s %s %s %s' % (os.environ.get('OWN'), time.tzname[0] == 'XYZ', mask, socket.getdefaulttimeout(),
+                                  locale.setlocale(locale.LC_ALL), os.getcwd() == '/')
+
+
+class FilterModule:
+    def filters(self):
+        return {'change': change, 'look': look}
+'''
 
 ALARMED = '''
 import signal
