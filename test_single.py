@@ -3970,6 +3970,24 @@ class RealControl(Real):
                 self.assert_counts(play, options['logins'], sudos)
 
     @newest
+    def test_loop_over_a_hundred_accounts(self):
+        """There are never more than 20 accounts with agents, the login's not counted."""
+        self.needs_root()
+        if not os.environ.get('MITOGEN_SINGLE_TEST_SLOW'):
+            self.skipTest('slow: 100 accounts, needs --slow')
+        uids = {'mshundred%02d' % n: FIRST_UID + 100 + n for n in range(100)}
+        for name, uid in uids.items():          # the lab takes them away, by their comment
+            sh('useradd', '-m', '-s', '/bin/bash', '-c', MARK, '-u', str(uid), name)
+        play = self.new(self.plugin, who_in_turn(list(uids)), timeout=300).start()
+        most = 0
+        while play.running():
+            most = max(most, len({uid_of(pid) for pid in play.processes()} & set(uids.values())))
+        play.finish()
+        self.assertEqual([item.get('stdout', item) for item in play.result('who')['results']], list(uids))
+        self.assertIn(most, range(10, 22))      # one is on its way while another one goes
+        self.assertEqual(play.left_behind(), [], play.tail())
+
+    @newest
     def test_more_accounts_at_work_than_agents(self):
         """Tasks of several hosts meet on one: nobody waits for an agent, none ends in the middle of a task."""
         self.needs_root()
