@@ -569,18 +569,18 @@ def install_packages(wanted):
 
 
 def remove_accounts():
-    for name in ACCOUNTS:
-        try:
-            entry = pwd.getpwnam(name)
-        except KeyError:
-            continue
-        if not entry.pw_gecos.startswith(MARK):
-            raise RuntimeError('account %s exists and is not ours' % name)
-        for pid in [pid for pid in all_pids() if uid_of(pid) == entry.pw_uid]:
-            kill(pid)
-        subprocess.run(['userdel', '-f', '-r', name], stdout=subprocess.DEVNULL,
-                       stderr=subprocess.DEVNULL)
-        shutil.rmtree(entry.pw_dir, ignore_errors=True)
+    """Those of ACCOUNTS, and those that a test added."""
+    accounts = pwd.getpwall()
+    for entry in accounts:
+        if entry.pw_name in ACCOUNTS and not entry.pw_gecos.startswith(MARK):
+            raise RuntimeError('account %s exists and is not ours' % entry.pw_name)
+    for entry in accounts:
+        if entry.pw_gecos.startswith(MARK):
+            for pid in [pid for pid in all_pids() if uid_of(pid) == entry.pw_uid]:
+                kill(pid)
+            subprocess.run(['userdel', '-f', '-r', entry.pw_name], stdout=subprocess.DEVNULL,
+                           stderr=subprocess.DEVNULL)
+            shutil.rmtree(entry.pw_dir, ignore_errors=True)
 
 
 def free_port():
