@@ -39,7 +39,7 @@ Where does my line go?
     1  FACE             version, documentation, tunables
     2  STRATEGY         how Ansible, wherever it finds this file, comes to run plays our way
     3  PATCHES          the table of what we change in Ansible
-    4  WORKERS          threads that take turns; which tasks may; lookups that wait; items of a loop that run ahead
+    4  WORKERS          threads that take turns; lookups that wait; items that run ahead; what is worked out once
     5  CONNECTION       exec_command, put_file, fetch_file, reset; the way by other hosts; temporary directories
     6  PAYLOADS         what Ansible's module builder made: a table of contents, the parameters; kept across runs
     7  CLIENT           a worker's end of the broker's socket
@@ -282,12 +282,12 @@ def stock_strategy(name, *args, **kwargs):
 
 
 # Ansible may have loaded a strategy under another name than `import` does: what sleeps there is found by its function.
-def run_carried(run, *args):
+def run_carried(run, iterator, play_context):
     module = sys.modules[run.__module__]
     sleeping = [(module, 'time', with_sleep_until_news)] if hasattr(module, 'time') else []
-    note_passwords(args[1])
+    note_passwords(play_context)
     with patched(*sleeping), baton:
-        return run(*args)
+        return run(iterator, play_context)
 
 
 class StrategyModule(StrategyBase):
@@ -368,6 +368,8 @@ def patches():
         (lookup_loader, 'get', asking_lookups_apart),
         # Items of a loop do not wait for each other's answers where they may not.
         (task_executor.TaskExecutor, '_run_loop', running_items_ahead),
+        # A plugin in a thread starts programs as a worker process would; one that needs such a process gets it, as long
+        # as nobody has seen anything of its task.
         (subprocess.Popen, '__init__', starting_without_terminal),
         (signal, 'signal', handling_signals_apart),
         (FinalQueue, 'send_callback', noting_events),
@@ -1201,6 +1203,7 @@ class Answer:
                 and all(os.environ.get(name) == value for name, value in self.environ.items()))
 
 
+UNCHANGING = (str, int, float, type(None))
 _answers = {}           # option, config file, kind and name of the plugin -> Answer
 
 
@@ -1213,12 +1216,12 @@ def remembering_settings(ask):
             return _answers[question].value_and_origin
         noise = len(manager.DEPRECATED), len(manager.WARNINGS)
         found = ask(manager, config, cfile, plugin_type, plugin_name, keys, variables, direct, **more)
-        definition = manager.get_configuration_definitions(plugin_type, plugin_name).get(config, {})
-        answer = Answer(places_of_setting(config, definition), environment_of_setting(definition), found)
-        # Not what can be changed in place, what a template makes, or what comes with a word to the user.
-        if (isinstance(found[0], (str, int, float, type(None))) and '{' not in str(definition.get('default'))
-                and noise == (len(manager.DEPRECATED), len(manager.WARNINGS)) and answer.holds(places)):
-            _answers[question] = answer
+        # Not what comes with a word to the user, what can be changed in place, or what a template makes.
+        if noise == (len(manager.DEPRECATED), len(manager.WARNINGS)) and isinstance(found[0], UNCHANGING):
+            definition = manager.get_configuration_definitions(plugin_type, plugin_name).get(config, {})
+            answer = Answer(places_of_setting(config, definition), environment_of_setting(definition), found)
+            if '{' not in str(definition.get('default')) and answer.holds(places):
+                _answers[question] = answer
         return found
     return patched_ask
 
@@ -1233,7 +1236,9 @@ def environment_of_setting(definition):
 
 
 # Jinja makes Python of a template or a condition, and compiles that whenever it comes to it: half of the 1 ms that the
-# label of a loop's item takes. What environment it is for does not matter; how long it is does, for what is kept.
+# label of a loop's item takes. What environment it is for does not matter; how long it is does, for what is kept. What
+# stands in its place is made once, too, so that what it keeps outlives a play.
+@functools.lru_cache(maxsize=None)
 def compiling_once(compile_source):
     compiled = functools.lru_cache(maxsize=500)(functools.partial(compile_source, None))
 

@@ -403,7 +403,8 @@ class Lab:
         self.write('wrong_hosts', '[127.0.0.*]:* ' + self.read('other_key.pub'))
 
     def sshd(self, prepare='', settings=''):
-        """Start one more sshd; with `prepare`, after that shell line in a mount namespace of its own."""
+        """Start one more sshd, with `settings` before its own; with `prepare`, after that shell line in a mount
+        namespace of its own."""
         self.sshds.append(Sshd(self, prepare, settings))
         return self.sshds[-1]
 
@@ -4716,6 +4717,7 @@ class RealFailures(Real):
             pid = sleeper
             while pid > 1 and proc(pid, 'comm').strip() not in ('sshd', 'sshd-session'):
                 pid = parent_of(pid)
+            self.assertGreater(pid, 1, 'no session of sshd')
             stopped.append(pid)
             return [pid]
 
