@@ -101,7 +101,7 @@ import types
 import warnings
 import zipfile
 import zlib
-from multiprocessing import connection as multiprocessing_connection
+from multiprocessing import connection as multiprocessing_connection, popen_fork
 from multiprocessing.reduction import ForkingPickler
 
 try:
@@ -373,6 +373,7 @@ def patches():
         (subprocess.Popen, '__init__', starting_without_terminal),
         (signal, 'signal', handling_signals_apart),
         (FinalQueue, 'send_callback', noting_events),
+        (popen_fork, 'os', with_undisturbed_fork),
         # What would come out alike for hosts, tasks and items is worked out once: settings, compiled templates.
         (ConfigManager, 'get_config_value_and_origin', remembering_settings),
         (jinja2.Environment, '_compile', compiling_once),
@@ -566,7 +567,7 @@ class WorkerThread(threading.Thread):
         self._task = stock._task
         self.worker_id = stock.worker_id
         self.outside = Outside(stock)
-        self.client = None
+        self.clients = set()        # through which its threads ask the broker
         self.exitcode = None
         self.worker_queue = None    # prompts for a process, once it is one
         self.programs = []          # what its plugins started
@@ -584,7 +585,7 @@ class WorkerThread(threading.Thread):
                 code = 0 if self.is_ended else self.run_apart() if self._task._uuid in _heavy else self.run_here()
             except BaseException:
                 code = 1        # "A worker was found in a dead state", as for a process that ended so
-                with contextlib.suppress(OSError):      # the run is over, nobody reads what we have to say
+                if not self.is_ended:
                     display.error(traceback.format_exc())
             keep_client(self)
             self.exitcode = code
@@ -624,15 +625,23 @@ class WorkerThread(threading.Thread):
 
     def terminate(self):
         self.is_ended = True
-        if self.client:
-            self.client.shut()
+        for line in list(self.clients):
+            line.shut()
         if self.worker_queue:
             self.stock.terminate()
-        for program in self.programs:
+        for program in list(self.programs):
             if program.poll() is None:
                 kill_group(program.pid, signal.SIGTERM)
+                with contextlib.suppress(OSError):      # it may not lead a group yet
+                    os.kill(program.pid, signal.SIGTERM)
 
     kill = terminate
+
+    # A plugin has started a program, maybe while the main thread, which asks nobody, was terminating this worker.
+    def note_program(self, program):
+        self.programs.append(program)
+        if self.is_ended:
+            self.terminate()
 
 
 class NeedsMainThread(BaseException):
@@ -739,19 +748,25 @@ def set_surroundings(wanted):
 
 class Baton:
     def __init__(self):
-        self.lock = threading.Lock()
+        self.lock = threading.RLock()       # which knows whose it is, whenever a signal comes
         self.news = threading.Event()       # a result came, or a worker ended: the main thread has something to do
         self.held = threading.local()       # .by: the WorkerThread that this thread is
         self.workers = set()                # those that have not ended
+        self.is_broken = False              # the play ended by an exception, with workers at whatever they were
 
     # For the main thread, while a play runs. Ctrl-C ends the workers, as the signal that they get ends forked ones.
     def __enter__(self):
         self.lock.acquire()
 
     def __exit__(self, kind, *exc):
+        self.is_broken = bool(kind)
         if kind:
             self.end_workers()
-        self.lock.release()
+        if self.is_mine():
+            self.lock.release()
+
+    def is_mine(self):
+        return self.lock._is_owned()
 
     def end_workers(self):
         for worker in list(self.workers):
@@ -792,8 +807,11 @@ class Baton:
             if worker:
                 self.lock.acquire()
                 worker.outside.put_on()
-                if worker.is_ended:
-                    raise SystemExit
+                self.leave_if_ended()
+
+    def leave_if_ended(self):
+        if getattr(self.held, 'by', None) and self.held.by.is_ended:
+            raise SystemExit
 
     # Around what takes long only once: it says nothing about the task.
     @contextlib.contextmanager
@@ -817,20 +835,43 @@ class Baton:
     # The main thread, instead of its sleep of 1 ms between two looks at the results. Forked workers end without a word,
     # so as long as there are any it has to look again soon.
     def wait_for_news(self, seconds):
-        if not self.lock.locked() or threading.current_thread() is not threading.main_thread():
+        if not self.is_mine() or threading.current_thread() is not threading.main_thread():
             return time.sleep(seconds)
         patience = 0.002 if multiprocessing.active_children() else 0.2
-        self.lock.release()
         try:
+            self.lock.release()
             self.news.wait(patience)
             self.news.clear()
             self.lock.acquire()
         except BaseException:
-            self.take_from_workers()
+            if not self.is_mine():      # Ctrl-C may come when it is not given away yet, or just back
+                self.take_from_workers()
             raise
 
 
 baton = Baton()
+
+
+ENDING = signal.SIGINT, signal.SIGTERM
+
+
+# What Ctrl-C raises is lost in the hooks that Python calls around a fork, and so are locks that they had taken: the
+# next thread that forks would wait for that of the logging for ever. And in the child it would lead back into the
+# code of the thread that forked. There a signal just ends it, until it says otherwise.
+def fork_undisturbed():
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, ENDING)
+    try:
+        pid = os.fork()
+        if not pid:
+            for number in ENDING:
+                signal.signal(number, signal.SIG_DFL)
+        return pid
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+def with_undisturbed_fork(original):
+    return types.SimpleNamespace(**dict(vars(original), fork=fork_undisturbed))
 
 
 def with_sleep_until_news(original):
@@ -865,7 +906,8 @@ def reading_results_in_turn(results_thread_main):
 
 # That thread's view of its strategy, with another queue: it gives the baton back before it waits, and takes it when
 # there is something. What workers write is collected by a thread that needs no baton: a pipe holds 64 kB, and a worker
-# that waited for room in it with the baton in its hand would wait for ever.
+# that waited for room in it with the baton in its hand would wait for ever. After Ctrl-C they may still write when the
+# strategy has asked for the end of the reading.
 class Reader:
     def __init__(self, strategy):
         self.strategy, self.queue, self._final_q = strategy, strategy._final_q, self
@@ -878,7 +920,8 @@ class Reader:
 
     def collect(self):
         item = None
-        while not isinstance(item, (strategy_plugins.StrategySentinel, Exception)):
+        while not isinstance(item, Exception) and (
+                baton.is_broken or not isinstance(item, strategy_plugins.StrategySentinel)):
             try:
                 item = self.queue.get()
             except Exception as e:      # the run is over, or a worker sent what nobody can read
@@ -918,8 +961,9 @@ def starting_without_terminal(start):
         if worker:
             stdin, stdout, stderr = [subprocess.DEVNULL if f is None else f for f in (stdin, stdout, stderr)]
             options.setdefault('start_new_session', True)
-            worker.programs.append(process)
         start(process, args, bufsize, executable, stdin, stdout, stderr, *more, **options)
+        if worker:
+            worker.note_program(process)
     return patched_init
 
 
@@ -945,9 +989,11 @@ def in_a_process(name, run):
     def patched_run(*args, **kwargs):
         ask = functools.partial(timed, run, *args, **kwargs)
         answer = None if _longest.get(name, QUICK) < QUICK else answer_from_a_process(ask)
-        seconds, result, errors, printed = answer or ask()
+        seconds, result, errors, printed, warned = answer or ask()
         _longest[name] = max(_longest.get(name, 0), seconds)
         sys.stdout.write(printed)
+        for warning in warned:
+            warning_context().capture(warning)
         for error, cause in zip(errors, errors[1:]):
             error.__cause__ = cause
         if errors:
@@ -956,7 +1002,7 @@ def in_a_process(name, run):
     return patched_run
 
 
-# -> seconds, result, the exception and what it came from
+# -> seconds, result, the exception and what it came from, and what only another process has to tell of itself
 def timed(run, *args, **kwargs):
     began, result, errors = time.monotonic(), None, []
     try:
@@ -965,7 +1011,7 @@ def timed(run, *args, **kwargs):
         while e and e not in errors:
             errors.append(e)
             e = e.__cause__
-    return time.monotonic() - began, result, errors, ''
+    return time.monotonic() - began, result, errors, '', []
 
 
 # None where it was killed, or where what it found cannot leave its process.
@@ -976,7 +1022,7 @@ def answer_from_a_process(ask):
         with baton.kept(), display._lock:       # as stock workers are started: no thread that prints holds it then
             process.start()
         theirs.close()
-        baton.held.by.programs.append(types.SimpleNamespace(pid=process.pid, poll=lambda: process.exitcode))
+        baton.held.by.note_program(types.SimpleNamespace(pid=process.pid, poll=lambda: process.exitcode))
         try:
             with baton.passed_on():
                 multiprocessing_connection.wait([ours])
@@ -993,27 +1039,40 @@ def send_answer(pipe, ask):
     os.setsid()
     for number in range(3):
         os.dup2(os.open(os.devnull, os.O_RDWR), number)
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, signal.SIG_DFL)
     sys.stdout = io.StringIO()
-    seconds, result, errors, _ = ask()
+    before = captured_warnings()
+    seconds, result, errors, *_ = ask()
+    warned = [warning for warning in captured_warnings() if warning not in before]
     if not any(type(error).__module__.startswith('ansible._internal') for error in errors):
         with contextlib.suppress(Exception):
-            data = ForkingPickler.dumps((seconds, result, errors, sys.stdout.getvalue()))
+            data = ForkingPickler.dumps((seconds, result, errors, sys.stdout.getvalue(), warned))
             ForkingPickler.loads(data)
             pipe.send_bytes(data)
+
+
+# Since ansible-core 2.19 a warning waits in a context until it becomes part of its task's result.
+def warning_context():
+    utils = getattr(sys.modules[Display.__module__], '_display_utils', None)
+    return utils and utils.DeferredWarningContext.current(optional=True)
+
+
+def captured_warnings():
+    context = warning_context()
+    return context.get_warnings() + context.get_deprecation_warnings() if context else []
 
 
 # ---- loops
 # 100 items over a link of 50 ms take 5 s of waiting one after the other. Where no item depends on the result of an
 # earlier one they leave back to back, and the agent runs them one after the other: they share a lane. Each is run by
 # Ansible's own loop code, as a loop of one item, in a thread of its own that takes the baton for the same worker. The
-# next item begins when the request of this one is on its way, and what comes after an answer runs in the order of the
-# items: events, results and changes come in the same order as ever. The first item goes alone: it opens the way, and
-# shows whether the module returns facts, which later items may want to see.
+# next item begins when the request of this one is made, so also while the way is being opened that it is to go. They
+# leave in the order of the items, and so runs what comes after an answer: events, results and changes come in the same
+# order as ever. Where a module may return facts, which later items may want to see, the first item goes alone and shows
+# whether it does.
 
 AHEAD = 16              # items that wait for answers at once: enough for 100 ms, where an item costs 7 ms here
-ONE_REQUEST = {'ansible.plugins.action.' + name for name in ('normal', 'command', 'shell')}
+FACTLESS = {'ansible.plugins.action.' + name for name in ('command', 'shell')}
+ONE_REQUEST = FACTLESS | {'ansible.plugins.action.normal'}
 _lane_numbers = itertools.count(1)
 
 
@@ -1021,7 +1080,7 @@ def running_items_ahead(run_loop):
     def patched_run_loop(executor, items):
         if why_one_by_one(executor._task, items):
             return run_loop(executor, items)
-        return Lane(executor, items, run_loop, run_loop(executor, items[:1])).run()
+        return Lane(executor, items, run_loop).run()
     return patched_run_loop
 
 
@@ -1052,20 +1111,21 @@ def why_one_by_one(task, items):
 
 # A loop whose items are on their way. All of it is touched by the holder of the baton only.
 class Lane:
-    def __init__(self, executor, items, run_loop, first):
+    def __init__(self, executor, items, run_loop):
         self.executor = executor
         self.items = items
         self.run_loop = run_loop
-        self.first = first                          # what Ansible's loop made of the first item
         self.name = '%d.%d' % (os.getpid(), next(_lane_numbers))
         self.worker = baton.held.by
-        self.client = client()                      # which all items share: requests leave in the order in which ..
-        self.context = contextvars.copy_context()   # .. they are asked, and answers come in that order
+        self.client = client()                      # requests leave in the order in which they are asked, and ..
+        self.context = contextvars.copy_context()   # .. answers come in that order
         self.variables = task_variables(executor)   # what the last finished item knew
-        self.ahead = 1 if returns_facts(first) else AHEAD
+        task = executor._task
+        self.is_factless = action_module(task.action, tuple(task.collections or ())) in FACTLESS
+        self.ahead = AHEAD if self.is_factless else 1
         self.route = None                           # where the requests go that are on their way
-        self.started = []                           # Items, in order
-        self.finished = 1
+        self.started = []                           # LoopItems, in order
+        self.finished = 0
         self.error = None                           # what an item raised: no further one starts
         self.over = threading.Event()
 
@@ -1075,23 +1135,25 @@ class Lane:
             self.over.wait()
         if self.error:
             raise self.error
-        return joined(self.first, [item.result for item in self.started], self.items)
+        return joined([item.result for item in self.started], self.items)
 
     # Called wherever something changed that a start waits for.
     def start_next(self):
         last = self.started[-1] if self.started else None
-        index = len(self.started) + 1
+        index = len(self.started)
         if index == len(self.items) or self.error:
             if self.finished == index:
                 self.over.set()
-        elif index - self.finished < self.ahead and (not last or last.is_on_its_way):
+        elif index - self.finished < self.ahead and (not last or last.has_asked):
             item = LoopItem(self, self.items[index], last)
             self.started.append(item)
             item.start()
 
-    def finish(self, error):
+    def finish(self, item, error):
         self.error = self.error or error
         self.finished += 1
+        if self.finished == 1 and not self.is_factless:
+            self.ahead = 1 if error or returns_facts(item.result) else AHEAD
         self.start_next()
 
 
@@ -1101,36 +1163,50 @@ class LoopItem(threading.Thread):
         self.lane = lane
         self.value = value
         self.before = before                # the item in front of it, or None
-        self.is_on_its_way = False          # its request was sent, or there is none any more
+        self.has_asked = False              # its request is made, or there is none any more: the next item may begin ..
+        self.has_left = threading.Event()   # .. and when it is on its way, the request of the next one may follow
         self.is_done = threading.Event()
         self.result = None
 
     def run(self):
-        _local.item, _local.client = self, self.lane.client
+        _local.item = self
         with baton.held_by(self.lane.worker):
             error = None
             try:
+                baton.leave_if_ended()
                 self.result, self.lane.variables = self.lane.context.copy().run(run_alone, self)
             except BaseException as e:
                 error = e
-            self.is_on_its_way = True
+            self.has_asked = True
+            self.has_left.set()
             self.is_done.set()
-            self.lane.finish(error)
+            self.lane.finish(self, error)
+
+    # What runs a module is the one request of an item. Where it asks for more, the next one waits until it is done.
+    def asks(self, head):
+        if head['call'] == 'run':
+            self.has_asked = True
+            self.lane.start_next()
+        if self.before and not self.before.has_left.is_set():
+            with baton.passed_on():
+                self.before.has_left.wait()
 
     # A request is about to be sent along this route; None: it is more than a frame. Where it may leave in front of
     # earlier answers, its lane is told in the request; otherwise all that went before is done when this returns.
     def may_go_ahead(self, route):
-        if not route or self.is_on_its_way or self.lane.ahead == 1 or self.lane.route not in (None, route):
+        lane = self.lane
+        is_second = not self.has_asked or self.has_left.is_set()
+        if not route or is_second or lane.ahead == 1 or lane.route not in (None, route):
             self.wait_for_turn()
-        if not route or self.is_on_its_way or self.lane.ahead == 1:
-            self.lane.ahead = 1             # a second request: items behind it must not have been sent yet
+        if not route or is_second or lane.ahead == 1:
+            if lane.started[-1] is not self:
+                lane.ahead = 1              # items behind it must not have been sent yet
             return False
-        self.lane.route = route
+        lane.route = route
         return True
 
     def sent(self):
-        self.is_on_its_way = True
-        self.lane.start_next()
+        self.has_left.set()
         self.wait_for_turn()
 
     # What follows an item's execution are its events, also where it needed no request.
@@ -1147,6 +1223,9 @@ class LoopItem(threading.Thread):
             with baton.passed_on():
                 self.before.is_done.wait()
         self.before = None
+        if getattr(_local, 'client', None) is not self.lane.client:     # which is for him to read whose turn it is
+            keep_client(self.lane.worker)
+            _local.client = self.lane.client
 
 
 # What differs between the versions: since ansible-core 2.21 the state of a loop is in the ambient task, which becomes
@@ -1171,17 +1250,17 @@ def task_variables(executor):
 
 
 def returns_facts(first):
-    facts = first[0].get('ansible_facts') if isinstance(first, list) else first.loop_results[0].ansible_facts
+    facts = first[0].get('ansible_facts') if isinstance(first, list) else first._raw_loop_results[0].ansible_facts
     return any(not name.startswith('discovered_interpreter_') for name in facts or ())
 
 
 # What Ansible's loop would have left behind, and returned.
-def joined(first, others, items):
-    if isinstance(first, list):
-        return first + list(itertools.chain(*others))
+def joined(results, items):
+    if isinstance(results[0], list):
+        return list(itertools.chain(*results))
     context = worker_process._task.TaskContext.current()
-    results = context._raw_loop_results + [result for other in others for result in other._raw_loop_results]
-    vars(context).update(vars(others[-1]), _task=context._task, _raw_loop_results=results, _loop_items=items,
+    raw = [result for one in results for result in one._raw_loop_results]
+    vars(context).update(vars(results[-1]), _task=context._task, _raw_loop_results=raw, _loop_items=items,
                          _item_index=len(items) - 1)
     return context.build_loop_result()
 
@@ -1583,8 +1662,13 @@ class Carrier:
 
     # Ask; where the way is not open yet, open it and ask again.
     def call(self, account, interpreter, head, body=b'', **more):
-        head = self.addressed(account, interpreter, head)
+        head, item = self.addressed(account, interpreter, head), getattr(_local, 'item', None)
         try:
+            if item:
+                item.asks(head)
+                if account[-1].key not in _hellos:      # to find out by asking, later items would have to ask, too
+                    item.wait_for_turn()
+                    self.connect_all(account, interpreter)
             try:
                 return self.ask(head, body, **more)
             except NotConnected:
@@ -1613,7 +1697,7 @@ class Carrier:
             return client().call(place.after_posted(head), body, meanwhile=place.settle, **more)
         try:
             if item and item.may_go_ahead(route_of(head) if len(body) <= CHUNK else None):
-                return client().call(dict(head, lane=item.lane.name), body, meanwhile=item.sent, **more)
+                return item.lane.client.call(dict(head, lane=item.lane.name), body, meanwhile=item.sent, **more)
         except (NotConnected, LinkLost):
             item.lane.ahead = 1
             raise
@@ -2436,15 +2520,16 @@ def client():
         _idle[:] = idle
         worker = getattr(baton.held, 'by', None)
         if worker:
-            worker.client = mine
+            worker.clients.add(mine)
     return mine
 
 
-# A worker thread ends: its client serves the next one.
+# A thread of a worker ends: its client serves the next one.
 def keep_client(worker):
-    if worker.client and worker.client.sock:
-        _idle.append(worker.client)
-    worker.client = None
+    mine = getattr(_local, 'client', None)
+    worker.clients.discard(mine)
+    if mine and mine.sock:
+        _idle.append(mine)
 
 
 class Client:
@@ -2627,6 +2712,7 @@ class Client:
         try:
             self.sock.sendall(data)
         except (OSError, AttributeError) as e:
+            baton.leave_if_ended()
             raise BrokerGone('the broker is gone (%s)' % e)
 
     # The next frame of this request; what came for one that was given up is dropped.
@@ -2657,6 +2743,7 @@ class Client:
                 with baton.passed_on():
                     data = self.sock.recv(size, socket.MSG_WAITALL)
         if not data:
+            baton.leave_if_ended()
             raise BrokerGone('the broker is gone')
         return data
 
@@ -2683,7 +2770,7 @@ def door():
         ours, theirs = socket.socketpair()
         core()                  # made here, once, and inherited
         with display._lock:     # or a thread that prints at this moment keeps it, and stdout, locked in the broker
-            pid = os.fork()
+            pid = fork_undisturbed()
         if not pid:
             run_broker(theirs)
         theirs.close()
@@ -5163,7 +5250,7 @@ def compile_ahead(store, path, digest):
 
 
 LOADER = 'ansible.module_utils._internal._ansiballz._loader'    # since ansible-core 2.19 it runs the module
-COMMON = ('ansible.module_utils.basic', LOADER, 'ansible.modules', 'glob')
+COMMON = ('ansible.module_utils.basic', LOADER, 'ansible.modules', 'glob', 'runpy')
 
 
 # Have in memory what nearly every module imports. What fails here fails again in the child, which reports it.

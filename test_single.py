@@ -3751,6 +3751,72 @@ class RealMemoryOfGigabytes(RealMemory):
         super().setUp()
 
 
+ROUND = '''
+- {command: "echo {{ round }}", register: said}
+- {set_fact: {"fact_{{ round % 5 }}": "{{ said.stdout }}"}}
+- {copy: {content: "{{ round }}", dest: "OUT/{{ inventory_hostname }}"}, diff: true}
+- {copy: {content: "always the same", dest: "OUT/{{ inventory_hostname }}-same"}}
+- {stat: {path: "OUT/{{ inventory_hostname }}"}, become: true}
+- {command: id -un, become: true}
+- {shell: "exit {{ round % 3 }}", ignore_errors: true}
+- block: [{command: /bin/false}]
+  rescue: [{debug: {msg: rescued}}]
+- {lineinfile: {path: "OUT/{{ inventory_hostname }}-same", line: "{{ round }}", create: true}}
+- {slurp: {src: "OUT/{{ inventory_hostname }}"}}
+- {command: "echo {{ item }}", loop: [1, 2, 3]}
+- {command: echo skipped, when: round < 0}
+- {file: {path: "OUT/{{ inventory_hostname }}-same", mode: "0600"}}
+'''
+
+
+class RealSoak(Real):
+    """20,000 results of 20 hosts, with become, files and failures: what is still there has not grown, nor lost anything."""
+
+    ROUNDS = 75
+    HOSTS = 20
+
+    def setUp(self):
+        if not os.environ.get('MITOGEN_SINGLE_TEST_SLOW'):
+            self.skipTest('slow: 20,000 tasks, needs --slow')
+        super().setUp()
+
+    def test_it_stays_as_it_is(self):
+        self.needs_root()
+        play = self.new(self.plugin, tasks(
+            '{file: {path: OUT, state: directory}, run_once: true}',
+            '{include_tasks: round.yml, loop: "{{ range(%d) | list }}", loop_control: {loop_var: round}}' % self.ROUNDS
+            ).replace('OUT', self.out), files={'round.yml': ROUND.replace('OUT', self.out)}, hosts=many_hosts(self.HOSTS),
+            args=['-f', str(self.HOSTS)], timeout=3000).start()
+        samples = []                    # of each second: {pid: (program, KiB, open files)}
+        while play.running():
+            samples.append({pid: self.look_at(pid) for pid in play.processes() if not is_zombie(pid)})
+            self.assertLess(len([pid for pid in play.processes() if is_zombie(pid)]), self.HOSTS)
+            time.sleep(1)
+        play.finish()
+        self.assertEqual((play.rc, play.hung), (0, False), play.tail())
+        results = [event for event in play.events() if event['event'].startswith('runner_') and event['result']]
+        self.assertGreaterEqual(len(results), 14 * self.ROUNDS * self.HOSTS - self.HOSTS)
+        # The first tenth is a warm-up; the last moments are the end of all.
+        early, late = samples[len(samples) // 10], samples[-3]
+        lasting = sorted(set(early) & set(late))
+        for pid in sorted(lasting, key=lambda pid: -late[pid][1])[:4]:
+            (name, size, files), (_, later_size, later_files) = early[pid], late[pid]
+            note('%s: %d -> %d KiB, %d -> %d files' % (name, size, later_size, files, later_files))
+        for pid in lasting:
+            with self.subTest(program=early[pid][0]):
+                self.assertLess(late[pid][1], early[pid][1] * 1.1 + 2048)
+                self.assertLessEqual(late[pid][2], early[pid][2] + 5)
+        self.assertGreaterEqual(len(lasting), 2 + 3 * self.HOSTS)      # playbook, broker; of each host ssh, two agents
+
+    def look_at(self, pid):
+        size = int(status_of(pid).get('VmRSS', '0 kB').split()[0])
+        try:
+            files = len(os.listdir('/proc/%d/fd' % pid))
+        except OSError:
+            files = 0
+        return proc(pid, 'cmdline').replace('\0', ' ')[:60], size, files
+
+
 # 15 CONTROL #####################################################################################
 
 COUNTER = '''
@@ -3928,6 +3994,24 @@ class RealControl(Real):
                 - {include_tasks: inc.yml, loop: [1, 2], loop_control: {loop_var: outer}}
         '''.replace('OUT', self.out), logins={LAB.login: 1}, pipelining=True, files={
             'inc.yml': '- command: "echo {{ outer }} {{ item }}"\n  loop: [1, 2, 3]\n', 'library/counter.py': COUNTER})
+
+    def test_loop_opens_the_way(self):
+        """Items are made ready while their host is being logged in to, finds its interpreter, or cannot be reached."""
+        self.compare('''
+            - hosts: all
+              gather_facts: false
+              tasks:
+                - {shell: "echo {{ item }} >> OUT{{ inventory_hostname }}", loop: "{{ range(7) | list }}", register: r}
+                - {command: "cat OUT{{ inventory_hostname }}"}
+                - {command: "echo {{ ansible_facts.discovered_interpreter_python | default('none') }}"}
+            - hosts: all
+              gather_facts: false
+              become: true
+              tasks:
+                - {command: "echo {{ item }} {{ lookup('pipe', 'echo ' ~ item) }}", loop: [1, 2, 3]}
+                - {file: {path: "OUT{{ inventory_hostname }}", state: absent}}
+        '''.replace('OUT', self.out), rc=4, pipelining=False, logins={LAB.login: 1}, hosts={
+            't1': {}, 't2': {'ansible_python_interpreter': 'auto_silent'}, 't3': {'ansible_port': 1}})
 
     @newest
     def test_loop_that_reads_its_own_results(self):
@@ -4202,7 +4286,9 @@ class RealControl(Real):
             '{name: fails, debug: {msg: "{{ lookup(\'own\', \'fail\') }}"}, ignore_errors: true}',
             '{name: fails oddly, debug: {msg: "{{ lookup(\'own\', \'fail_oddly\') }}"}, ignore_errors: true}',
             '{name: forgiven, debug: {msg: "{{ lookup(\'own\', \'fail\', errors=\'ignore\') }}"}}',
-            '{name: undefined, debug: {msg: "{{ lookup(\'own\', nothing) }}"}, ignore_errors: true}'),
+            '{name: undefined, debug: {msg: "{{ lookup(\'own\', nothing) }}"}, ignore_errors: true}',
+            '{name: warns, debug: {msg: "{{ lookup(\'own\', \'warn\') }}"}, register: warned}',
+            '{name: warned, debug: {msg: "{{ [warned.warnings, warned.deprecations] }}"}, when: warned.warnings is defined}'),
             hosts=many_hosts(4), files={'lookup_plugins/own.py': OWN_LOOKUP}, without=('exception',))
 
     def test_plugin_that_needs_a_main_thread(self):
@@ -4242,6 +4328,7 @@ OWN_LOOKUP = '''
     import os, time
     from ansible.errors import AnsibleError
     from ansible.plugins.lookup import LookupBase
+    from ansible.utils.display import Display
 
     class Odd(Exception):
         def __init__(self, one, two):
@@ -4293,6 +4380,12 @@ OWN_LOOKUP = '''
 
         def fail_oddly(self, variables):
             raise Odd(1, 2)
+
+        def warn(self, variables):
+            for _ in range(2):
+                Display().warning('take care')
+            Display().deprecated('too old', version='9.9')
+            return 'warned'
     '''
 
 MISCHIEF = '''
@@ -4837,6 +4930,27 @@ class RealLeftovers(Real):
             if play.running():
                 kill(play.process.pid, signal.SIGINT)
         self.assert_clean(self.interrupted(twice), killed=True)
+
+    @newest
+    def test_ctrl_c_at_any_moment(self):
+        """While the broker starts, hosts are logged in to, items are on their way: it ends, with one word to the user."""
+        self.needs_plugin('stock leaves sleepers behind')
+        book = tasks('{name: lookup, debug: {msg: "{{ lookup(\'pipe\', \'sleep 0.2\') }}"}}',
+                     '{name: loop, command: "echo {{ item }} {{ lookup(\'pipe\', \'sleep 0.1\') }}", loop: "{{ range(99) | list }}"}')
+        for moment in range(12):
+            with self.subTest(moment=moment):
+                play = self.new(self.plugin, book, hosts=many_hosts(12), args=['-f', '12'], timeout=20).start()
+                try:
+                    wait_for(lambda: os.path.exists(play.env['MS_RECORD']), 15, 'the play does not start')
+                    time.sleep(moment * 0.11)
+                    os.killpg(play.process.pid, signal.SIGINT)
+                finally:
+                    play.finish()
+                self.assertFalse(play.hung, 'hangs: ' + play.tail())
+                self.assertEqual(play.rc, 99, play.tail())
+                self.assertEqual(play.err.count('User interrupted execution'), 1, play.tail())
+                self.assertNotIn('broker is gone', play.out + play.err)
+                self.assert_clean(play)
 
     @newest
     def test_ctrl_c_while_a_filter_counts(self):
