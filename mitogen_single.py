@@ -576,7 +576,7 @@ class WorkerThread(threading.Thread):
 
     # Over when the result is on its way: before the thread ends, and before anybody else gets the baton.
     def is_alive(self):
-        return self.exitcode is None
+        return self.exitcode is None and not self.is_ended
 
     def run(self):
         baton.workers.add(self)
@@ -752,17 +752,20 @@ class Baton:
         self.news = threading.Event()       # a result came, or a worker ended: the main thread has something to do
         self.held = threading.local()       # .by: the WorkerThread that this thread is
         self.workers = set()                # those that have not ended
-        self.is_broken = False              # the play ended by an exception, with workers at whatever they were
+        self.is_broken = False              # an exception ended the play: the main thread keeps it
 
-    # For the main thread, while a play runs. Ctrl-C ends the workers, as the signal that they get ends forked ones.
+    # For the main thread, while a play runs. Ctrl-C ends the workers, as a signal ends forked ones: their turn
+    # never comes again, and Ansible says goodbye alone.
     def __enter__(self):
-        self.lock.acquire()
+        if not self.is_mine():
+            self.lock.acquire()
+        self.is_broken = False
 
     def __exit__(self, kind, *exc):
         self.is_broken = bool(kind)
         if kind:
             self.end_workers()
-        if self.is_mine():
+        else:
             self.lock.release()
 
     def is_mine(self):
@@ -933,9 +936,9 @@ class Reader:
         item = self.collected.get()
         if isinstance(item, Exception):
             raise item
-        if type(item).__name__ != 'PromptSend':     # it waits for the keyboard, and touches nothing else
-            baton.lock.acquire()
-            self.has_baton = True
+        wants_baton = type(item).__name__ != 'PromptSend'   # which waits for the keyboard, and touches nothing else
+        while wants_baton and not self.has_baton and not baton.is_broken:
+            self.has_baton = baton.lock.acquire(timeout=0.2)
         return item
 
     def put_down(self):
