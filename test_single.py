@@ -2130,7 +2130,7 @@ INI = 't1 ansible_host=127.0.0.1 ansible_python_interpreter=/usr/bin/python3\n'
 
 
 class RealSsh(Real):
-    every_core = TELLING_CORES
+    every_core = OLDEST_CORE
 
     def test_variables_mean_what_they_mean(self):
         """Each host names its options another way, templated ones included."""
@@ -2393,7 +2393,7 @@ ENGINES = {             # host: plugin, the name of its program
 
 
 class RealConnections(Real):
-    every_core = TELLING_CORES
+    every_core = OLDEST_CORE
 
     @classmethod
     def setUpClass(cls):
@@ -4937,12 +4937,12 @@ class RealLeftovers(Real):
         self.needs_plugin('stock leaves sleepers behind')
         book = tasks('{name: lookup, debug: {msg: "{{ lookup(\'pipe\', \'sleep 0.2\') }}"}}',
                      '{name: loop, command: "echo {{ item }} {{ lookup(\'pipe\', \'sleep 0.1\') }}", loop: "{{ range(99) | list }}"}')
-        for moment in range(12):
+        for moment in range(8):
             with self.subTest(moment=moment):
                 play = self.new(self.plugin, book, hosts=many_hosts(12), args=['-f', '12'], timeout=20).start()
                 try:
                     wait_for(lambda: os.path.exists(play.env['MS_RECORD']), 15, 'the play does not start')
-                    time.sleep(moment * 0.11)
+                    time.sleep(moment * 0.17)
                     os.killpg(play.process.pid, signal.SIGINT)
                 finally:
                     play.finish()
