@@ -373,6 +373,7 @@ def patches():
         (subprocess.Popen, '__init__', starting_without_terminal),
         (signal, 'signal', handling_signals_apart),
         (FinalQueue, 'send_callback', noting_events),
+        # Threads fork, too, and signals come at any moment.
         (popen_fork, 'os', with_undisturbed_fork),
         # What would come out alike for hosts, tasks and items is worked out once: settings, compiled templates.
         (ConfigManager, 'get_config_value_and_origin', remembering_settings),
@@ -648,11 +649,11 @@ class NeedsMainThread(BaseException):
     """A plugin asks for what only a main thread can have, and nobody has seen anything of its task yet."""
 
 
-# A filter may guard itself by an alarm. In a forked worker it can.
+# A filter may guard itself by an alarm. In a forked worker it can, and so it can in a process of its own.
 def handling_signals_apart(set_handler):
     def patched_signal(*args):
         worker = getattr(baton.held, 'by', None)
-        if worker and not worker.has_acted:
+        if worker and not worker.has_acted and threading.current_thread() is not threading.main_thread():
             raise NeedsMainThread
         return set_handler(*args)
     return patched_signal
@@ -812,6 +813,7 @@ class Baton:
                 worker.outside.put_on()
                 self.leave_if_ended()
 
+    # For a worker that somebody has terminated: whatever it would do or say now is of no interest any more.
     def leave_if_ended(self):
         if getattr(self.held, 'by', None) and self.held.by.is_ended:
             raise SystemExit
@@ -874,18 +876,18 @@ def fork_undisturbed():
 
 
 def with_undisturbed_fork(original):
-    return types.SimpleNamespace(**dict(vars(original), fork=fork_undisturbed))
+    return varied(original, fork=fork_undisturbed)
 
 
 def with_sleep_until_news(original):
-    return types.SimpleNamespace(**dict(vars(original), sleep=baton.wait_for_news))
+    return varied(original, sleep=baton.wait_for_news)
 
 
 def with_sleep_in_turn(original):
     def sleep(seconds):
         with baton.passed_on():
             time.sleep(seconds)
-    return types.SimpleNamespace(**dict(vars(original), sleep=sleep))
+    return varied(original, sleep=sleep)
 
 
 # 2 s for a file of 1 GiB, in which nothing of Ansible's runs that others could disturb.
@@ -1123,8 +1125,7 @@ class Lane:
         self.client = client()                      # requests leave in the order in which they are asked, and ..
         self.context = contextvars.copy_context()   # .. answers come in that order
         self.variables = task_variables(executor)   # what the last finished item knew
-        task = executor._task
-        self.is_factless = action_module(task.action, tuple(task.collections or ())) in FACTLESS
+        self.is_factless = is_factless(executor._task)
         self.ahead = AHEAD if self.is_factless else 1
         self.route = None                           # where the requests go that are on their way
         self.started = []                           # LoopItems, in order
@@ -1185,7 +1186,8 @@ class LoopItem(threading.Thread):
             self.is_done.set()
             self.lane.finish(self, error)
 
-    # What runs a module is the one request of an item. Where it asks for more, the next one waits until it is done.
+    # Called in front of each request; returns when it may leave. What runs a module is the one request of an item: as
+    # long as it asks for something else, to find an interpreter say, the next item does not begin.
     def asks(self, head):
         if head['call'] == 'run':
             self.has_asked = True
@@ -1244,6 +1246,12 @@ def run_alone(item):
     with worker_process._task.TaskContext.create(executor._task, variables, executor._host.name) as context:
         lane.run_loop(executor, [value])
         return context, variables
+
+
+# Also a command of the user's own goes by the name of Ansible's.
+def is_factless(task):
+    return (action_module(task.action, tuple(task.collections or ())) in FACTLESS and
+            module_loader.find_plugin('ansible.legacy.command') == module_loader.find_plugin('ansible.builtin.command'))
 
 
 def task_variables(executor):

@@ -3827,6 +3827,9 @@ COUNTER = '''
 '''
 
 
+OWN_COMMAND = "{name: {} for name in ('_raw_params', '_uses_shell', 'argv', 'chdir', 'creates', 'removes', 'stdin')}"
+
+
 def who_in_turn(accounts):
     return tasks('{name: who, command: id -un, loop: %s, become: true, become_user: "{{ item }}"}' % accounts)
 
@@ -4012,6 +4015,13 @@ class RealControl(Real):
                 - {file: {path: "OUT{{ inventory_hostname }}", state: absent}}
         '''.replace('OUT', self.out), rc=4, pipelining=False, logins={LAB.login: 1}, hosts={
             't1': {}, 't2': {'ansible_python_interpreter': 'auto_silent'}, 't3': {'ansible_port': 1}})
+
+    @newest
+    def test_loop_of_a_command_of_the_users_own(self):
+        """It goes by the name of Ansible's, but returns facts, which the next item reads."""
+        self.compare(tasks('{command: "{{ ansible_facts.counted | default(0) }}", loop: [1, 2, 3, 4]}'),
+                     files={'library/command.py': COUNTER.replace("{'count': {'type': 'int'}}", OWN_COMMAND).replace(
+                         "module.params['count']", "int(module.params['_raw_params'])")}, logins={LAB.login: 1})
 
     @newest
     def test_loop_that_reads_its_own_results(self):
@@ -4297,7 +4307,8 @@ class RealControl(Real):
             '{name: argument, command: "echo {{ \'a\' | alarmed }}"}', '{name: debug, debug: {msg: "{{ \'a\' | alarmed }}"}}',
             '{name: loop, command: "echo {{ item | alarmed }}", loop: [1, 2, 3, 4]}',
             '{name: loop of debug, debug: {msg: "{{ item | alarmed }}"}, loop: [1, 2, 3]}',
-            '{name: condition, command: echo yes, when: "\'a\' | alarmed == \'a\'"}', '{name: after, command: echo after}'),
+            '{name: condition, command: echo yes, when: "\'a\' | alarmed == \'a\'"}', '{name: after, command: echo after}',
+            '{name: own process, command: "echo {{ \'a\' | elsewhere }}"}'),
             hosts=many_hosts(2), files={'filter_plugins/alarmed.py': ALARMED})
 
     def test_plugin_that_changes_the_process(self):
@@ -4416,7 +4427,23 @@ class FilterModule:
 '''
 
 ALARMED = '''
+import multiprocessing
 import signal
+
+
+def elsewhere(value):
+    context = multiprocessing.get_context('fork')
+    ours, theirs = context.Pipe(duplex=False)
+    process = context.Process(target=send, args=(theirs, value))
+    process.start()
+    theirs.close()
+    answer = ours.recv()
+    process.join()
+    return answer
+
+
+def send(pipe, value):
+    pipe.send(alarmed(value))
 
 
 def alarmed(value):
@@ -4427,7 +4454,7 @@ def alarmed(value):
 
 class FilterModule:
     def filters(self):
-        return {'alarmed': alarmed}
+        return {'alarmed': alarmed, 'elsewhere': elsewhere}
 '''
 
 BURN = '''
