@@ -3819,6 +3819,14 @@ class RealSoak(Real):
 
 # 15 CONTROL #####################################################################################
 
+# ansible-vault encrypt_string: the word hidden, by the password secret
+VAULTED = '''$ANSIBLE_VAULT;1.1;AES256
+65366266333461613866313666376266316432646335356631663664343539353862663261323265
+6161613336663765653230613364343862663065653231620a323439643337326463333732313163
+65616133613166646234386666346339393837376135643731656334343437336530613639326163
+3762316164663733660a633730663131343166636234393332303039323530343162346636333434
+3139'''.split()
+
 COUNTER = '''
     #!/usr/bin/python
     from ansible.module_utils.basic import AnsibleModule
@@ -3998,6 +4006,20 @@ class RealControl(Real):
         '''.replace('OUT', self.out), logins={LAB.login: 1}, pipelining=True, files={
             'inc.yml': '- command: "echo {{ outer }} {{ item }}"\n  loop: [1, 2, 3]\n', 'library/counter.py': COUNTER})
 
+    @newest
+    def test_loop_over_logins(self):
+        """Items of a loop share connection objects, and nothing of what these were told for another item."""
+        self.compare('''
+            - hosts: all
+              gather_facts: false
+              tasks:
+                - {shell: "id -un; echo $0", loop: "{{ range(8) | list }}", ignore_unreachable: true,
+                   become: "{{ item % 3 == 1 }}", vars: {ansible_user: "{{ 'nosuch' if item == 4 else 'LOGIN' }}",
+                   ansible_shell_executable: "{{ '/bin/sh' if item is odd else '/bin/bash' }}"}}
+                - {copy: {content: "{{ item }}", dest: "OUT{{ item }}"}, loop: [1, 2, 3], become: "{{ item is odd }}"}
+                - {file: {path: "OUT{{ item }}", state: absent}, loop: [1, 2, 3], become: true}
+        '''.replace('OUT', self.out).replace('LOGIN', LAB.login), pipelining=False)
+
     def test_loop_opens_the_way(self):
         """Items are made ready while their host is being logged in to, finds its interpreter, or cannot be reached."""
         self.compare('''
@@ -4022,6 +4044,50 @@ class RealControl(Real):
         self.compare(tasks('{command: "{{ ansible_facts.counted | default(0) }}", loop: [1, 2, 3, 4]}'),
                      files={'library/command.py': COUNTER.replace("{'count': {'type': 'int'}}", OWN_COMMAND).replace(
                          "module.params['count']", "int(module.params['_raw_params'])")}, logins={LAB.login: 1})
+
+    @newest
+    def test_keywords_that_are_templates(self):
+        """Most keywords of a task have nothing to be worked out, and Ansible is not asked to; these have."""
+        self.compare('''
+            - hosts: all
+              gather_facts: false
+              vars: {yes_: true, no_: "no", two: 2, start: "{{ two }}", login: LOGIN, gate: "{{ ansible_port }}"}
+              port: "{{ gate }}"
+              remote_user: "{{ login }}"
+              become_user: "{{ 'ro' ~ 'ot' }}"
+              tasks:
+                - {command: id -un, become: "{{ yes_ }}", check_mode: "{{ no_ }}", diff: "{{ yes_ }}"}
+                - {command: id -un, become: "{{ no_ }}", throttle: "{{ start }}"}
+                - {command: /bin/false, ignore_errors: "{{ yes_ }}", no_log: "{{ yes_ }}", name: "{{ login }} #1"}
+                - {command: id -un, become: 1, connection: "{{ 's' ~ 'sh' }}"}
+                - {command: /bin/false, register: r, until: r.rc == 0, retries: "{{ two }}", delay: "{{ 0 }}",
+                   ignore_errors: true}
+                - {command: id -un, loop: [1, 2, 3], loop_control: {label: "{{ two }}", pause: "{{ 0 }}"}}
+                - {command: id -un, become: "{{ nothing }}", ignore_errors: true}
+                - {command: id -un, ignore_unreachable: "{{ 'perhaps' }}", ignore_errors: true}
+                - {command: id -un, become: 2, ignore_errors: true}
+        '''.replace('LOGIN', LAB.login), pipelining=True, without=('attempts',))
+
+    @newest
+    def test_results_as_shown(self):
+        """Callbacks get plain values: of marked texts, secrets, numbers, dates, nested and empty things."""
+        self.compare('''
+            - hosts: all
+              gather_facts: false
+              vars:
+                odd: [[], {}, null, true, 1.5, 2020-02-02, "x{{ 1 }}", {1: {a: [b, {c: null}]}}, 2020-02-02 10:00:00]
+                hidden: !vault |
+                    VAULTED
+              tasks:
+                - {debug: {var: odd}}
+                - {debug: {msg: "{{ odd + [hidden] }}"}, loop: "{{ odd }}"}
+                - {debug: {msg: "{{ item }}"}, loop: ["{{ hidden }}", {deep: ["{{ hidden }}"]}, 3]}
+                - {command: "echo {{ item }}", loop: "{{ [hidden, 1, odd] }}"}
+                - {set_fact: {kept: "{{ [hidden, odd] }}", other: "{{ hidden }}"}}
+                - {debug: {var: kept}}
+                - {debug: {var: hidden}}
+        '''.replace('VAULTED', '\n                    '.join(VAULTED)), files={'password': 'secret\n'},
+                     env={'ANSIBLE_VAULT_PASSWORD_FILE': 'password'})
 
     @newest
     def test_loop_that_reads_its_own_results(self):
@@ -4854,6 +4920,16 @@ class RealFailures(Real):
         mine = re.search(r'SSH_CONNECTION=\S+ (\d+) ', proc(sleeper, 'environ'))
         return [pid for pid in play.processes() if proc(pid, 'comm').strip() == 'ssh'
                 and '127.0.0.1\0' in proc(pid, 'cmdline')] if mine else []
+
+    @newest
+    def test_spares_killed(self):
+        """Children of an agent that wait to be modules are no loss."""
+        alone = ('me=$PPID; for p in $(pgrep -P $(ps -o ppid= -p $me)); do test $p = $me || '
+                 'kill -9 $p && echo killed; done; true')
+        play = self.run_ours(tasks(*['command: echo hello'] * 9, '{name: kill, shell: "%s"}' % alone,
+                                   *['command: echo hello'] * 9))
+        self.assertEqual(play.rc, 0, play.tail())
+        self.assertIn('killed', play.result('kill')['stdout'] if self.ours else 'killed')
 
     def test_ssh_killed(self):
         self.kill_during_sleep(self.ssh_of)
