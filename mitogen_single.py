@@ -1250,15 +1250,15 @@ def run_alone(item):
     executor, variables = copy.copy(lane.executor), lane.variables.copy()
     executor._connection = lane.connections.pop() if lane.connections else None
     executor._execute = item.in_turn(executor._execute)
-    if hasattr(executor, '_job_vars'):
-        executor._job_vars = variables
-        result = lane.run_loop(executor, [value])
+    try:
+        if hasattr(executor, '_job_vars'):
+            executor._job_vars = variables
+            return lane.run_loop(executor, [value]), variables
+        with worker_process._task.TaskContext.create(executor._task, variables, executor._host.name) as context:
+            lane.run_loop(executor, [value])
+            return context, variables
+    finally:
         lane.connections.append(executor._connection)
-        return result, variables
-    with worker_process._task.TaskContext.create(executor._task, variables, executor._host.name) as context:
-        lane.run_loop(executor, [value])
-        lane.connections.append(executor._connection)
-        return context, variables
 
 
 # Also a command of the user's own goes by the name of Ansible's.
@@ -1317,7 +1317,7 @@ class Answer:
         return self.value.copy() if isinstance(self.value, list) else self.value, self.origin
 
 
-UNCHANGING = (str, int, float, type(None))
+UNCHANGING = (str, int, float, bool, type(None))
 _answers = {}           # option, config file, kind and name of the plugin -> Answer
 
 
