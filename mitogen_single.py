@@ -5333,13 +5333,12 @@ def have_spares(agent, importer):
         agent.spares = [Spare(agent, importer) for _ in range(agent.wanted_spares)]
         agent.wanted_spares = min(4, 2 * agent.wanted_spares)
         for spare in agent.spares:
-            agent.loop.exits[spare.pid] = lambda code: discard_spares(agent)
+            agent.loop.exits[spare.pid] = lambda code, spare=spare: spare in agent.spares and discard_spares(agent)
 
 
 # One that ends before its time is a reason not to trust the others.
 def discard_spares(agent):
     for spare in agent.spares:
-        agent.loop.exits[spare.pid] = lambda code: None
         spare.discard()
     agent.spares, agent.wanted_spares = [], 1
 

@@ -4930,6 +4930,7 @@ class RealFailures(Real):
                                    *['command: echo hello'] * 9))
         self.assertEqual(play.rc, 0, play.tail())
         self.assertIn('killed', play.result('kill')['stdout'] if self.ours else 'killed')
+        self.assert_counts(play, {LAB.login: 1}, {})
 
     def test_ssh_killed(self):
         self.kill_during_sleep(self.ssh_of)
