@@ -134,8 +134,8 @@ try:
     from ansible.utils import vars as utils_vars
     from ansible.utils.collection_loader import _collection_finder
     from ansible.utils.display import Display
-    from ansible.utils.sentinel import Sentinel
     from ansible.utils.multiprocessing import context as multiprocessing_context
+    from ansible.utils.sentinel import Sentinel
     display = Display()
 except ImportError:
     if __name__ != '__main__':
@@ -1330,7 +1330,8 @@ def remembering_settings(ask):
             return _answers[question].again()
         noise = len(manager.DEPRECATED), len(manager.WARNINGS)
         value, origin = ask(manager, config, cfile, plugin_type, plugin_name, keys, variables, direct, **more)
-        # Not what comes with a word to the user, what can be changed in place, or what a template makes.
+        # Not what comes with a word to the user, what can be changed in place (of a list everybody gets a copy), or
+        # what a template makes.
         if (noise == (len(manager.DEPRECATED), len(manager.WARNINGS))
                 and all(isinstance(item, UNCHANGING) for item in (value if isinstance(value, list) else [value]))):
             definition = manager.get_configuration_definitions(plugin_type, plugin_name).get(config, {})

@@ -4086,7 +4086,9 @@ class RealControl(Real):
                 - {set_fact: {kept: "{{ [hidden, odd] }}", other: "{{ hidden }}"}}
                 - {debug: {var: kept}}
                 - {debug: {var: hidden}}
-        '''.replace('VAULTED', '\n                    '.join(VAULTED)), files={'password': 'secret\n'},
+                - {include_vars: {file: more.yml}}
+        '''.replace('VAULTED', '\n                    '.join(VAULTED)), files={
+            'password': 'secret\n', 'more.yml': 'secret: {deep: [!vault "%s"]}\n' % '\\n'.join(VAULTED)},
                      env={'ANSIBLE_VAULT_PASSWORD_FILE': 'password'})
 
     @newest
