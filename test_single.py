@@ -1238,7 +1238,8 @@ ANSIBLE_FREE = ('CLIENT', 'BROKER', 'HOPS', 'SHIPPING', 'WIRE', 'LOOP', 'ROUTER'
 def shortened(core):
     """As the plugin does it before the core travels; the tests see to it that it changes nothing."""
     core = re.sub(r'(?m)(^ *|  )#.*$', '', core)
-    return re.sub(r'(?m)^ +', lambda found: ' ' * (len(found.group()) // 4), core)
+    core = re.sub(r'(?m)^ +', lambda found: ' ' * (len(found.group()) // 4), core)
+    return re.sub(r"('[^'\n]*')|(?<=\S) ?([=,:%+*/<>!|&-]+) (?=\S)", lambda found: found[1] or found[2], core)
 
 
 class Text(unittest.TestCase):
@@ -1426,12 +1427,28 @@ class Text(unittest.TestCase):
 HEADER = struct.Struct('>BBIII')
 SHAM = {        # the least that a module needs: its own text, and something that is called basic
     'ansible/__init__.py': '', 'ansible/module_utils/__init__.py': '', 'ansible/modules/__init__.py': '',
-    'ansible/module_utils/basic.py': '_ANSIBLE_ARGS = None\n',
+    'ansible/module_utils/basic.py': '_ANSIBLE_ARGS = None\nTOLD, FLAGS, IS_FIRST = [], {}, True\n'
+                                       'def remove_values(*args): pass\n',
     'ansible/modules/sham.py': 'import os, sys\n'
                                'from ansible.module_utils import basic\n'
                                'sys.stdout.write(__name__ + " " + basic._ANSIBLE_ARGS.decode() + os.environ["SHAM"])\n'
                                'sys.stderr.write(__file__)\n'
                                'sys.exit(7)\n',
+    'ansible/modules/stays.py': '''
+        import json, os, sys
+        from ansible.module_utils import basic
+        mask = os.umask(0)
+        print(json.dumps([os.getcwd(), mask, os.environ.get("SOIL"), os.environ.get("GIVEN"), os.environ["PATH"],
+                          len(sys.path), basic.TOLD, basic.FLAGS, basic.IS_FIRST,
+                          sys.excepthook is sys.__excepthook__, os.getpid()]))
+        os.chdir("/usr")
+        os.environ["SOIL"] = "left"
+        sys.path.append("/left")
+        sys.excepthook = len
+        basic.TOLD.append("left")
+        basic.FLAGS["left"], basic.IS_FIRST = True, False
+        sys.exit(int(basic._ANSIBLE_ARGS.decode()))
+        '''.replace('\n        ', '\n'),
 }
 
 
@@ -1448,6 +1465,7 @@ class Core:
                                         stderr=subprocess.PIPE, bufsize=0)
         self.write(core)
         assert self.read(5) == b'READY'
+        self.requests = 0
         self.hello = json.loads(self.frame()[3][4:].decode())
 
     def write(self, data):
@@ -1520,19 +1538,45 @@ class PipeCore(unittest.TestCase):
             self.assertEqual((code, out), (127, ''))
             self.assertIn('/nonexistent/program', err)
 
-    def test_runs_modules_from_ram(self):
+    def run_module(self, core, name, args, again, env):
+        """-> (exit code, stdout, stderr) of one of the modules above"""
         digests = {path: hashlib.sha1(text.encode()) for path, text in SHAM.items()}
-        table = json.dumps({path: digest.hexdigest() for path, digest in digests.items()}).encode()
-        blobs = [(hashlib.sha1(table).digest(), table)] + [(digests[path].digest(), text.encode())
-                                                           for path, text in SHAM.items()]
+        table = json.dumps({path: digest.hexdigest() for path, digest in digests.items()}, sort_keys=True).encode()
+        toc = hashlib.sha1(table)
+        if not core.requests:
+            blobs = [(toc, table)] + [(digests[path], text.encode()) for path, text in SHAM.items()]
+            core.send('blobs', b''.join(name.digest() + struct.pack('>I', len(blob)) + blob for name, blob in blobs))
+        core.requests += 1
+        core.call(core.requests, args, call='run', toc=toc.hexdigest(), fqn='ansible.modules.' + name, profile='',
+                  rlimit=0, env=env, interpreter=[core.hello['executable']], again=again)
+        return core.answer(core.requests)
+
+    def test_runs_modules_from_ram(self):
         for core in self.each():
-            core.send('blobs', b''.join(name + struct.pack('>I', len(blob)) + blob for name, blob in blobs))
-            for request in (1, 2, 3):
-                core.call(request, b'args ', call='run', toc=blobs[0][0].hex(), fqn='ansible.modules.sham', profile='',
-                          rlimit=0, env={'SHAM': 'env'}, interpreter=[core.hello['executable']])
-                code, out, err = core.answer(request)
+            for again in (False, False, True):
+                code, out, err = self.run_module(core, 'sham', b'args ', again, {'SHAM': 'env'})
                 self.assertEqual((code, out), (7, '__main__ args env'), err)
                 self.assertTrue(err.endswith('.zip/ansible/modules/sham.py'), err)
+
+    def test_modules_that_may_follow_each_other_in_one_process(self):
+        for core in self.each():
+            seen, pids = [], []
+            for n, (code, again) in enumerate([(0, True)] * 6 + [(0, False), (0, True), (7, True), (0, True)]):
+                end, out, err = self.run_module(core, 'stays', b'%d' % code, again, {'GIVEN': str(n)} if n % 2 else {})
+                self.assertEqual(err, '')
+                self.assertEqual(end, code)
+                *state, pid = json.loads(out)
+                if n == 5:
+                    self.assertEqual(os.readlink('/proc/%d/cwd' % pid), '/')
+                self.assertEqual(state.pop(3), str(n) if n % 2 else None)
+                seen.append(state)
+                pids.append(pid)
+            self.assertEqual(seen, [seen[0]] * 10)
+            # While the agent warms up, what it has learnt meanwhile makes it take new ones.
+            self.assertEqual(len(set(pids[3:6])), 1, pids)
+            self.assertNotEqual(pids[6], pids[5], 'one that may not follow did')
+            self.assertEqual(pids[7:9], pids[4:6])
+            self.assertNotIn(pids[9], pids[:9], 'one followed a failure')
 
     def test_names_the_true_line(self):
         with open(PLUGIN, encoding='utf-8') as file:
@@ -3082,6 +3126,35 @@ class RealModules(Real):
         stock, ours = self.compare(probe('soils', 'is_clean', 'soils', 'is_clean'),
                                    files={'library/probe.py': PROBE}, pipelining=True)
         self.assertEqual(ours.result('is_clean')['soiled'], False)
+
+    def test_modules_that_follow_each_other_in_one_process(self):
+        """What one of them was told or did is nothing to the next one."""
+        path = self.out + '/file'
+        lines = ['{name: directory, file: {path: %s, state: directory}}' % self.out,
+                 '{name: there, command: pwd, args: {chdir: /usr}}', '{name: here, command: pwd}',
+                 '{name: given, shell: "echo [$GIVEN $LC_ALL]", environment: {GIVEN: one, LC_ALL: C}}',
+                 '{name: not given, shell: "echo [$GIVEN $LC_ALL]"}',
+                 '{name: warned, command: echo, args: {executable: /bin/sh}}', '{name: not warned, command: echo}',
+                 '{name: secret, command: echo secret, no_log: true}',
+                 '{name: fails, command: "false", ignore_errors: true}',
+                 '{name: crashes, ping: {data: crash}, ignore_errors: true}', '{name: alive, ping: {}}',
+                 '{name: bad, file: {path: %s, state: nonsense}, ignore_errors: true}' % path,
+                 '{name: no, command: "no-such-program", ignore_errors: true}',
+                 '{name: is there, command: echo, args: {creates: /etc/passwd}}',
+                 '{name: file, copy: {content: "{{ item }}", dest: %s}, loop: [a, b, b]}' % path,
+                 '{name: line, lineinfile: {path: %s, line: "{{ item }}"}, loop: [a, b, a]}' % path,
+                 '{name: block, blockinfile: {path: %s, block: "{{ item }}"}, loop: [a, b, b]}' % path,
+                 '{name: other, replace: {path: %s, regexp: "{{ item }}", replace: c}, loop: [a, b, x]}' % path,
+                 '{name: mode, file: {path: %s, mode: "{{ item }}"}, loop: ["0600", "0640", "0640"]}' % path,
+                 '{name: seen, stat: {path: "{{ item }}"}, loop: [%s, /etc/passwd, /nonexistent]}' % path,
+                 '{name: read, slurp: {path: "{{ item }}"}, loop: [%s, /etc/passwd, /etc/passwd]}' % path]
+        self.compare(tasks(*lines), pipelining=True, without=('exception',))
+        pids = '{name: pids, shell: "echo $PPID", loop: "{{ range(9) | list }}"%s}'
+        play = self.run_ours(tasks('command: echo warm', pids % '',
+                                   pids.replace('pids', 'each') % ', vars: {mitogen_task_isolation: fork}'))
+        for name, processes in (('pids', 1), ('each', 9)):
+            found = {item['stdout'] for item in play.result(name)['results']}
+            self.assertEqual(len(found), processes if self.ours else 9, name)
 
     def test_surroundings(self):
         """Directory, umask, environment, signals and groups are those of a stock module."""
@@ -5002,7 +5075,7 @@ class RealLeftovers(Real):
         book = self.BOOK.replace('BECOME', str(bool(become and ROOT)))
         play = self.new(self.plugin, book, hosts=many_hosts(3), timeout=30).start()
         try:
-            wait_for(lambda: self.sleepers(play) >= 3, 20, 'the sleepers do not start')
+            wait_for(lambda: len(self.sleepers(play)) >= 3, 20, 'the sleepers do not start')
             interrupt(play)
         finally:
             play.finish()
@@ -5012,8 +5085,7 @@ class RealLeftovers(Real):
         return play
 
     def sleepers(self, play):
-        return len([pid for pid in play.processes() if '62.5' in proc(pid,
-                                                                      'cmdline') and 'sleep' in proc(pid, 'comm')])
+        return [pid for pid in play.processes() if '62.5' in proc(pid, 'cmdline') and 'sleep' in proc(pid, 'comm')]
 
     def assert_clean(self, play, killed=False):
         left = [line for line in play.left_behind() if not (killed and ANSIBLES_OWN.search(line))]
@@ -5027,6 +5099,26 @@ class RealLeftovers(Real):
     def test_ctrl_c_with_become(self):
         self.assert_clean(self.interrupted(lambda play: os.killpg(play.process.pid,
                                                                   signal.SIGINT), become=True))
+
+    @newest
+    def test_ctrl_c_spares_what_was_left_running_before(self):
+        """Also where it was the same process that started it."""
+        self.needs_plugin('stock leaves sleepers behind')
+        book = tasks('command: echo warm', 'command: echo warm',
+                     '{name: daemon, shell: "sleep 61.5 > /dev/null 2>&1 & echo $! $PPID"}',
+                     '{name: sleep, shell: "sleep 62.5 & sleep 62.5"}')
+        play = self.new(self.plugin, book, timeout=30).start()
+        try:
+            wait_for(lambda: len(self.sleepers(play)) == 2, 20, 'the sleepers do not start')
+            modules = {parent_of(parent_of(pid)) for pid in self.sleepers(play)}
+            os.killpg(play.process.pid, signal.SIGINT)
+        finally:
+            play.finish()
+        daemon, module = play.result('daemon')['stdout'].split()
+        self.assertEqual(modules, {int(module)}, 'it is another process: this proves nothing')
+        self.assertIn('61.5', proc(int(daemon), 'cmdline'))
+        kill(int(daemon))
+        self.assert_clean(play)
 
     @newest
     def test_ctrl_c_twice(self):
