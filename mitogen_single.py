@@ -386,6 +386,7 @@ def patches():
         # as nobody has seen anything of its task.
         (subprocess.Popen, '__init__', starting_without_terminal),
         (signal, 'signal', handling_signals_apart),
+        (os, '_exit', ending_the_worker),
         (FinalQueue, 'send_callback', noting_events),
         # Threads fork, too, and signals come at any moment.
         (popen_fork, 'os', with_undisturbed_fork),
@@ -676,6 +677,17 @@ def handling_signals_apart(set_handler):
             raise NeedsMainThread
         return set_handler(*args)
     return patched_signal
+
+
+# A plugin that ends its process ends a worker, and not all that threads of this one are at.
+def ending_the_worker(end_process):
+    ours = os.getpid()
+
+    def patched_exit(code):
+        if getattr(baton.held, 'by', None) and os.getpid() == ours:
+            raise SystemExit(code)
+        end_process(code)
+    return patched_exit
 
 
 # From here on the task cannot begin once more: it has sent an event, or reached for its host.

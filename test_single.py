@@ -5151,6 +5151,24 @@ class RealLeftovers(Real):
                 self.assert_clean(play)
 
     @newest
+    def test_a_plugin_that_ends_its_process(self):
+        """Which is a worker: Ansible gives the run up, says so, and leaves nothing behind."""
+        book = tasks('{name: warm, command: echo warm}', '{name: ends, command: "echo {{ 3 | leave }}"}',
+                     '{name: never, command: echo never}')
+        files = {'filter_plugins/f.py': '''
+            import os
+            class FilterModule:
+                def filters(self):
+                    return {'leave': lambda code: os._exit(code)}
+            '''}
+        for engine in (self.stock, self.plugin):
+            play = self.new(engine, book, hosts=many_hosts(2), files=files, timeout=30).run()
+            self.assertFalse(play.hung, 'hangs: ' + play.tail())
+            self.assertEqual((play.rc, play.status('never')), (250, None), play.tail())
+            self.assertIn('A worker was found in a dead state', play.out + play.err)
+        self.assert_clean(play)
+
+    @newest
     def test_ctrl_c_while_a_filter_counts(self):
         """No worker waits for anything, and none comes to an end."""
         book = tasks('{name: warm, command: echo warm}', '{name: counts, command: "echo {{ \'started\' | count_up }}"}',
