@@ -5161,11 +5161,14 @@ class RealLeftovers(Real):
                 def filters(self):
                     return {'leave': lambda code: os._exit(code)}
             '''}
+        codes = set()
         for engine in (self.stock, self.plugin):
             play = self.new(engine, book, hosts=many_hosts(2), files=files, timeout=30).run()
             self.assertFalse(play.hung, 'hangs: ' + play.tail())
-            self.assertEqual((play.rc, play.status('never')), (250, None), play.tail())
+            self.assertEqual(play.status('never'), None, play.tail())
             self.assertIn('A worker was found in a dead state', play.out + play.err)
+            codes.add(play.rc)
+        self.assertEqual(len(codes), 1, codes)
         self.assert_clean(play)
 
     @newest
