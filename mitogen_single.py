@@ -4696,7 +4696,7 @@ def family(pid):
         try:
             with open('/proc/%s/stat' % name) as file:
                 parents[int(name)] = int(file.read().rpartition(')')[2].split()[1])
-        except (IOError, OSError):
+        except IOError:
             continue        # it has ended
     for one in found:
         found.extend(pid for pid, parent in parents.items() if parent == one)
@@ -5277,6 +5277,7 @@ class Job(object):
         for channel, fd in list(self.outputs.items()):
             while self.pump(channel, fd):
                 pass
+        is_spare = is_spare and len(self.call.agent.spares) < 8
         self.release(self.loop.forget if is_spare else self.loop.close)
         if is_spare:
             add_spare(self.call.agent, self.spare)
@@ -5293,11 +5294,11 @@ class Job(object):
 
     # What an earlier module left running in the same process group is none of its business.
     def kill(self):
-        doomed = family(self.pid) if self.spare and self.spare.runs > 1 else [-self.pid]
+        pids = family(self.pid) if self.spare and self.spare.runs > 1 else [-self.pid]
         self.loop.exits[self.pid] = lambda code: None
         self.release(self.loop.close)
-        kill(doomed, signal.SIGTERM)
-        self.loop.later(0.5, lambda: kill(doomed))
+        kill(pids, signal.SIGTERM)
+        self.loop.later(0.5, lambda: kill(pids))
 
 
 # head: argv, cwd, tty. One word is a line for the login shell. body: the start of its stdin; more may follow as
@@ -5348,7 +5349,7 @@ def fork_module(agent, call, params):
         agent.ahead.add(call.head['toc'])
         agent.loop.idle.extend(lambda p=path, d=digest: compile_ahead(agent.store, p, d)
                                for path, digest in importer.table.items() if path.endswith('.py'))
-    agent.loop.idle.append(lambda: have_spare(agent, importer))
+    agent.loop.idle.append(lambda: add_spare(agent, take_spare(agent, importer)))
 
 
 # A fork of the agent that waits to be told which module it is. It is made while the agent has nothing else to do: a
@@ -5377,10 +5378,6 @@ class Spare(object):
 # What has changed here since a spare was made is not in its memory.
 def state_of(agent):
     return len(agent.store.blobs), len(agent.store.code), len(sys.modules), agent.store.purges
-
-
-def have_spare(agent, importer):
-    add_spare(agent, take_spare(agent, importer))
 
 
 # One that nothing has run in yet, or may have.
@@ -5479,7 +5476,7 @@ def run_spare(agent, importer, order, stdout, stderr, report):
                 os._exit(0)
             head, params = unpack(orders.read(struct.unpack('>I', size)[0]))
             importer.table = agent.store.table(head['toc'])
-            before = head['again'] and (before or Before(importer.loaded))
+            before = head['again'] and HAS_PROC and (before or Before(importer.loaded))
             code = run_module(agent, importer, head, params)
             if not before or wind_up(code):
                 break
@@ -5497,7 +5494,7 @@ def run_spare(agent, importer, order, stdout, stderr, report):
 # -> exit code, or what Python makes one of
 def run_module(agent, importer, head, params):
     root = importer.store.root
-    os.environ.update(native(head.get('env') or {}))
+    os.environ.update(native(head['env']))
     enter(head.get('cwd') or agent.cwd)
     if head['rlimit']:
         import resource
@@ -5517,31 +5514,34 @@ def run_module(agent, importer, head, params):
         return e.code
 
 
+HAS_PROC = os.path.exists('/proc/self')     # where family() finds whom to kill
 AGAIN = b'+'        # stands behind an exit code in the place of the exit
 PLAIN = type(None), bool, int, dict, list
 
 
 # What Ansible's own modules change in their process, to undo it: place, umask, environment, search path, the hook for
-# exceptions, and plain values in module_utils, as the warnings that go with a result. filecmp keeps what it compared.
+# exceptions, and plain values in module_utils, as the warnings that go with a result. filecmp keeps what it compared,
+# tempfile the directory that the environment named.
 class Before(object):
     def __init__(self, loaded):
         import copy
+        import tempfile
         self.mask = os.umask(0o77)
         os.umask(self.mask)
         self.environ, self.path, self.modules = dict(os.environ), sys.path[:], set(sys.modules)
-        self.values = [(names, name, value, copy.copy(value)) for names in [vars(sys.modules[name]) for name in loaded]
+        self.values = [(names, name, value, copy.copy(value))
+                       for names in [vars(tempfile)] + [vars(sys.modules[name]) for name in loaded]
                        for name, value in names.items() if type(value) in PLAIN and name[:2] != '__']
 
     def restore(self):
         os.chdir('/')
         os.umask(self.mask)
-        if os.environ != self.environ:
-            os.environ.clear()
-            os.environ.update(self.environ)
+        os.environ.clear()
+        os.environ.update(self.environ)
         time.tzset()
         sys.path[:], sys.excepthook = self.path, sys.__excepthook__
         for name in set(sys.modules) - self.modules:
-            if name.split('.')[0] in ('ansible', 'filecmp'):
+            if name[:7] in ('ansible', 'filecmp'):
                 del sys.modules[name]
         for names, name, value, content in self.values:
             if type(value) in (dict, list):
@@ -5576,10 +5576,10 @@ def run_legacy(params, fqn, root):
 
 # What the end of an interpreter does, less the freeing of memory: threads, atexit, buffers, exit code.
 def wind_up(code, threading=None):
+    import atexit
     try:
         getattr(threading, '_shutdown', int)()
-        if 'atexit' in sys.modules:
-            sys.modules['atexit']._run_exitfuncs()
+        atexit._run_exitfuncs()
         if code is not None and not isinstance(code, int):
             sys.stderr.write('%s\n' % (code,))
             code = 1

@@ -1435,12 +1435,12 @@ SHAM = {        # the least that a module needs: its own text, and something tha
                                'sys.stderr.write(__file__)\n'
                                'sys.exit(7)\n',
     'ansible/modules/stays.py': '''
-        import json, os, sys
+        import json, os, sys, tempfile
         from ansible.module_utils import basic
         mask = os.umask(0)
-        print(json.dumps([os.getcwd(), mask, os.environ.get("SOIL"), os.environ.get("GIVEN"), os.environ["PATH"],
+        print(json.dumps([os.getcwd(), mask, os.environ.get("SOIL"), os.environ["PATH"],
                           len(sys.path), basic.TOLD, basic.FLAGS, basic.IS_FIRST,
-                          sys.excepthook is sys.__excepthook__, os.getpid()]))
+                          sys.excepthook is sys.__excepthook__, tempfile.gettempdir(), os.getpid()]))
         os.chdir("/usr")
         os.environ["SOIL"] = "left"
         sys.path.append("/left")
@@ -1562,13 +1562,14 @@ class PipeCore(unittest.TestCase):
         for core in self.each():
             seen, pids = [], []
             for n, (code, again) in enumerate([(0, True)] * 6 + [(0, False), (0, True), (7, True), (0, True)]):
-                end, out, err = self.run_module(core, 'stays', b'%d' % code, again, {'GIVEN': str(n)} if n % 2 else {})
+                env = {'TMPDIR': '/var/tmp'} if n % 2 else {}
+                end, out, err = self.run_module(core, 'stays', b'%d' % code, again, env)
                 self.assertEqual(err, '')
                 self.assertEqual(end, code)
-                *state, pid = json.loads(out)
+                *state, place, pid = json.loads(out)
+                self.assertEqual(place == '/var/tmp', n % 2 == 1)
                 if n == 5:
                     self.assertEqual(os.readlink('/proc/%d/cwd' % pid), '/')
-                self.assertEqual(state.pop(3), str(n) if n % 2 else None)
                 seen.append(state)
                 pids.append(pid)
             self.assertEqual(seen, [seen[0]] * 10)
