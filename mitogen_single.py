@@ -2192,7 +2192,7 @@ class Payload(bytes):
     real_bytes: object      # () -> what Ansible would have sent without us
     rebuild: object         # () -> the same Payload, its sources offered to the broker once more
 
-    # In the process in which it runs.
+    # Whether the next one may follow in the same process.
     def leaves_nothing(self):
         return self.fqn in REVIEWED_MODULES and not self.rlimit
 
@@ -5196,6 +5196,7 @@ class Receiver(object):
 # new interpreter takes 150. Those that leave their process as it was follow each other in one: 3 ms.
 
 SMALL = 16 << 10        # bytes of output that can wait for the end of what prints them
+AGAIN = b'+'            # follows the exit code of a module whose process waits for the next one
 BACKLOG = 8             # pieces of output waiting for the network above which the rest is left in its pipe
 
 
@@ -5223,7 +5224,7 @@ class Job(object):
         code = take(self.spare.report)
         if code:
             self.loop.exits[self.pid] = lambda code: None
-            self.exited(ord(code[:1]), code[1:] == AGAIN and len(self.outputs) == 2)
+            self.exited(ord(code[:1]), code[1:] == AGAIN)
         else:
             self.loop.forget(self.spare.report)
 
@@ -5273,13 +5274,13 @@ class Job(object):
 
     # What it wrote before its end is in the pipes by now. What background processes that it left behind still write
     # is theirs: as long as they hold the pipes nobody else waits for them.
-    def exited(self, code, is_spare=False):
+    def exited(self, code, again=False):
         for channel, fd in list(self.outputs.items()):
             while self.pump(channel, fd):
                 pass
-        is_spare = is_spare and len(self.call.agent.spares) < 8
-        self.release(self.loop.forget if is_spare else self.loop.close)
-        if is_spare:
+        again = again and len(self.outputs) == 2 and len(self.call.agent.spares) < 8
+        self.release(self.loop.forget if again else self.loop.close)
+        if again:
             add_spare(self.call.agent, self.spare)
         for channel, data in self.small.items():
             self.call.data(channel, data)
@@ -5324,7 +5325,7 @@ def start_command(agent, call, body):
         job.write(STDIN, None)
 
 
-# head: toc, fqn, profile, rlimit, env, cwd, more. body: the module's parameters as Ansible encoded them.
+# head: toc, fqn, profile, rlimit, env, cwd, again, more. body: the module's parameters as Ansible encoded them.
 def start_module(agent, call, body):
     params = [body]
 
@@ -5380,7 +5381,7 @@ def state_of(agent):
     return len(agent.store.blobs), len(agent.store.code), len(sys.modules), agent.store.purges
 
 
-# One that nothing has run in yet, or may have.
+# `again`: one in which others have run will do, and comes first. Not for ever: it might have grown.
 def take_spare(agent, importer, again=False):
     if any(spare.state != state_of(agent) or spare.runs > 100 for spare in agent.spares):
         discard_spares(agent)
@@ -5477,16 +5478,15 @@ def run_spare(agent, importer, order, stdout, stderr, report):
             head, params = unpack(orders.read(struct.unpack('>I', size)[0]))
             importer.table = agent.store.table(head['toc'])
             before = head['again'] and HAS_PROC and (before or Before(importer.loaded))
-            code = run_module(agent, importer, head, params)
-            if not before or wind_up(code):
+            code = wind_up(run_module(agent, importer, head, params), not before)
+            if code or not before:
                 break
             before.restore()
             os.write(report, b'\0' + AGAIN)
     except BaseException:
         import traceback
-        code = 1
         traceback.print_exc()
-    code = wind_up(code, sys.modules.get('threading'))
+        code = wind_up(1, True)
     os.write(report, struct.pack('B', code))
     os._exit(code)
 
@@ -5515,7 +5515,6 @@ def run_module(agent, importer, head, params):
 
 
 HAS_PROC = os.path.exists('/proc/self')     # where family() finds whom to kill
-AGAIN = b'+'        # stands behind an exit code in the place of the exit
 PLAIN = type(None), bool, int, dict, list
 
 
@@ -5575,10 +5574,12 @@ def run_legacy(params, fqn, root):
 
 
 # What the end of an interpreter does, less the freeing of memory: threads, atexit, buffers, exit code.
-def wind_up(code, threading=None):
+def wind_up(code, last):
     import atexit
+    import threading
     try:
-        getattr(threading, '_shutdown', int)()
+        if last:
+            threading._shutdown()
         atexit._run_exitfuncs()
         if code is not None and not isinstance(code, int):
             sys.stderr.write('%s\n' % (code,))
