@@ -3478,6 +3478,72 @@ class RealCache(Real):
             for text in 'words are going', 'SyntaxWarning':
                 self.assertEqual((play.out + play.err).count(text), 1, play.tail())
 
+    def test_sources_travel_behind_an_earlier_request(self):
+        """Once to each agent, while an earlier task is at work: those that an earlier run has found."""
+        self.needs_plugin()
+        book = tasks('command: sleep 0.7', 'stat: {path: /}', 'slurp: {src: /etc/hostname}', 'ping:',
+                     '{getent: {database: passwd}, become: true}', '{getent: {database: group}, become: true}',
+                     'copy: {content: x, dest: ~/copied}', 'file: {path: ~/copied, state: absent}')
+        self.sent(book)
+        sent = self.sent(book)
+        carried = [(link, blob) for kind, link, what in sent if kind in ('blobs', 'share') for blob in what]
+        self.assertEqual([twice for twice, n in collections.Counter(carried).items() if n > 1], [])
+        calls = [what for kind, _, what in sent if kind == 'call']
+        self.assertEqual(calls, ['command', 'stat', 'slurp', 'ping', 'getent', 'getent', 'stat', 'copy', 'file'])
+        story = ' '.join(what if kind == 'call' else kind for kind, _, what in sent)
+        self.assertRegex(story, 'blobs command blobs reply stat blobs reply slurp blobs reply ping blobs reply'
+                                ' (reply )*share getent (blobs )?share reply getent (blobs )?share reply stat')
+
+    def sent(self, book):
+        """What the broker and agents said to each other: (kind, number of the agent, what) of each frame"""
+        play = self.new(self.plugin, book, files={'plugins/callback/mslisten.py': LISTENER}, home=self.home,
+                        env={'ANSIBLE_CALLBACKS_ENABLED': 'mslisten'}).run()
+        self.assertEqual(play.rc, 0, play.tail())
+        with open(os.path.join(play.dir, 'sent')) as file:
+            return [json.loads(line) for line in file]
+
+
+# A callback plugin that has the broker write down what it sends, the name of a module or the hashes of sources, and
+# when there was an answer.
+LISTENER = '''
+import json, os, struct, sys
+from ansible.plugins.callback import CallbackBase
+
+class CallbackModule(CallbackBase):
+    CALLBACK_VERSION = 2.0
+    CALLBACK_TYPE = 'notification'
+    CALLBACK_NAME = 'mslisten'
+    CALLBACK_NEEDS_ENABLED = True
+
+    def v2_playbook_on_task_start(self, task, is_conditional):
+        if not self.disabled:
+            self.disabled = True
+            listen([module for module in list(sys.modules.values()) if hasattr(module, 'KINDS')][0])
+
+def listen(ms):
+    def note(kind, number, what=None):
+        with open(os.path.join(os.path.dirname(os.environ['MS_RECORD']), 'sent'), 'a') as file:
+            print(json.dumps([ms.KINDS[kind], number, what]), file=file)
+
+    def listening_tell(broker, link, kind, request, payload=b''):
+        if kind == ms.CALL and 'fqn' in ms.unpack(payload)[0]:
+            note(kind, link.number, ms.unpack(payload)[0]['fqn'].rpartition('.')[2])
+        if kind == ms.BLOBS:
+            note(kind, link.number, [digest.hex() for digest, _ in ms.unpack_blobs(payload)])
+        if kind == ms.SHARE:
+            number, = struct.unpack_from('>I', payload)
+            note(kind, number, [payload[at:at + 20].hex() for at in range(4, len(payload), 20)])
+        tell(broker, link, kind, request, payload)
+
+    def listening_take(broker, stream, kind, node, request, payload):
+        if kind == ms.REPLY:
+            note(kind, node)
+        take(broker, stream, kind, node, request, payload)
+
+    tell, ms.Broker.tell = ms.Broker.tell, listening_tell
+    take, ms.Broker.take_frame = ms.Broker.take_frame, listening_take
+'''
+
 
 # 13 STYLES ######################################################################################
 # What is not a new-style Python module goes Ansible's own generic way, through our connection.
