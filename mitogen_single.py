@@ -926,9 +926,14 @@ def with_sleep_in_turn(original):
     return varied(original, sleep=sleep)
 
 
-# 2 s for a file of 1 GiB, in which nothing of Ansible's runs that others could disturb.
+# 2 s for a file of 1 GiB, in which nothing of Ansible's runs that others could disturb. What was just fetched was
+# hashed on its way.
 def hashing_in_turn(hash_file):
     def patched_hash(*args):
+        fetched = getattr(_local, 'fetched', None)
+        known = fetched and args == (fetched.path,) and fetched.hashed_by(hash_file.__name__)
+        if known:
+            return known
         with baton.passed_on():
             return hash_file(*args)
     return patched_hash
@@ -1673,6 +1678,42 @@ def refuse(connection, reason):
     explain(connection, reason)
 
 
+# A file that is written here as it comes, with the two hashes of it that fetch returns: 1.3 s for 512 MiB once it is
+# here, next to nothing while a worker waits for the next piece.
+class FetchedFile:
+    HASHES = dict(secure_hash=hashlib.sha1, md5=hashlib.md5)    # by the names of Ansible's functions
+
+    def __init__(self, path):
+        self.path = path
+        self.file = open(to_bytes(path, errors='surrogate_or_strict'), 'wb')
+        self.hashes = {}
+        for name, new in self.HASHES.items():
+            with contextlib.suppress(ValueError):       # a system whose rules forbid it
+                self.hashes[name] = new()
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *exc):
+        self.file.close()
+        self.state = self.state_now()
+
+    def write(self, data):
+        self.file.write(data)
+        for digest in self.hashes.values():
+            digest.update(data)
+
+    def state_now(self):
+        found = os.stat(self.file.name)
+        return found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns
+
+    # None for what was not worked out, or is not the same file any more.
+    def hashed_by(self, name):
+        with contextlib.suppress(OSError):
+            if name in self.hashes and self.state == self.state_now():
+                return self.hashes[name].hexdigest()
+
+
 # What an AgentConnection does with the help of the broker; beside it, so that no name of ours hides one of the stock
 # plugin's.
 class Carrier:
@@ -1778,9 +1819,10 @@ class Carrier:
             self.transfer(in_path, out_path, account, interpreter, head, source=source)
 
     def fetch(self, in_path, out_path):
-        with open(to_bytes(out_path, errors='surrogate_or_strict'), 'wb') as target:
+        with FetchedFile(out_path) as target:
             self.transfer(in_path, out_path, [self.login()], None, dict(call='get', path=to_text(in_path)),
                           target=target)
+        _local.fetched = target
 
     def transfer(self, in_path, out_path, account, interpreter, head, **files):
         try:

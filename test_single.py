@@ -3687,6 +3687,26 @@ def archive():
     return buffer.getvalue()
 
 
+FETCHED = r'''
+import os, sys
+from ansible.utils.hashing import md5, secure_hash
+import mitogen_single as ms
+
+def known():
+    return sum(file.hashed_by(function.__name__) == function(path) for function in (md5, secure_hash))
+
+path = sys.argv[1]
+with ms.FetchedFile(path) as file:
+    file.write(b'one')
+    file.write(memoryview(b'two'))
+counts = [known(), known()]
+os.utime(path, (1, 1))
+counts.append(known())
+os.unlink(path)
+print(*counts, sum(file.hashed_by(name) is not None for name in file.HASHES))
+'''
+
+
 class RealFiles(Real):
     every_core = OLDEST_CORE
 
@@ -3730,6 +3750,11 @@ class RealFiles(Real):
             '{template: {src: a.j2, dest: "OUT/loop{{ item }}"}, loop: [1, 2]}',
             'template: {src: a.j2, dest: OUT/v, validate: "cat %s"}'), files=files, args=['--diff'],
                      without=('exception',))
+
+    def test_what_is_known_of_a_fetched_file(self):
+        """Its hashes, as Ansible would work them out, as long as it is the same file."""
+        said = sh(os.path.join(self.plugin.venv, 'bin', 'python'), '-c', FETCHED, LAB.path('fetched'), cwd=HERE)
+        self.assertEqual(said, '2 2 0 0\n')
 
     def test_fetch(self):
         files = {'files/bin': bytes(range(256)) * 4000, 'files/noise': os.urandom(3 << 20),
@@ -5742,7 +5767,7 @@ COPY_SMALL = '{copy: {src: "small/{{ \'%%03d\' %% item }}", dest: /tmp/mitogen_s
 COPY_BIG = '{copy: {src: "{{ lookup(\'env\', \'MS_BIG\') }}", dest: /tmp/mitogen_single_bench/big}}'
 COPY_BESIDE = ('{copy: {src: "{{ item }}", dest: "/tmp/mitogen_single_bench/{{ inventory_hostname }}"}, '
                'loop: "{{ [lookup(\'env\', \'MS_BIG\')] if inventory_hostname == \'t1\' else '
-               'range(30) | map(\'regex_replace\', \'^\', \'small/0\') | list }}"}')
+               'range(10, 40) | map(\'regex_replace\', \'^\', \'small/0\') | list }}"}')
 FETCH_BIG = tasks('{fetch: {src: "{{ lookup(\'env\', \'MS_BIG\') }}", dest: fetched}}')
 
 WORKLOADS = {
