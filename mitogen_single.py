@@ -65,6 +65,7 @@ but the standard library.
 # 1 FACE ##############################################################################################################
 from __future__ import annotations
 
+import argparse
 import ast
 import atexit
 import base64
@@ -118,6 +119,7 @@ try:
     from ansible.module_utils.parsing.convert_bool import boolean
     from ansible.playbook.base import FieldAttributeBase
     from ansible.playbook.block import Block
+    from ansible.playbook.conditional import Conditional
     from ansible.playbook.play_context import PlayContext
     from ansible.playbook.role_include import IncludeRole
     from ansible.plugins import action as action_plugins
@@ -388,6 +390,8 @@ def patches():
         # as nobody has seen anything of its task.
         (subprocess.Popen, '__init__', starting_without_terminal),
         (signal, 'signal', handling_signals_apart),
+        *[row for row in ((Conditional, 'evaluate_conditional_with_result', judging_apart),       # up to 2.18
+                          (template_engine(), 'evaluate_conditional', judging_apart)) if hasattr(*row[:2])],
         (os, '_exit', ending_the_worker),
         (FinalQueue, 'send_callback', noting_events),
         # Threads fork, too, and signals come at any moment.
@@ -397,6 +401,10 @@ def patches():
         (ConfigManager, 'get_plugin_vars', listing_once),
         (ConfigManager, 'get_plugin_options_from_var', listing_once),
         (jinja2.Environment, '_compile', compiling_once),
+        (module_common, '_is_binary', once_for_each_source),
+        (module_common, 'NEW_STYLE_PYTHON_MODULE_RE', searching_once),
+        *[(sys.modules[name], 'argparse', parsing_late) for name in ['ansible.plugins.connection.ssh']
+          if hasattr(sys.modules.get(name), 'argparse')],
         # Values that Ansible would go through at length, to leave them as they are: such seams since ansible-core 2.19.
         *[row for row in ((FieldAttributeBase, 'post_validate_attribute', validating_briefly),
                           (utils_vars, 'transform_to_native_types', leaving_plain_values)) if hasattr(*row[:2])],
@@ -675,10 +683,34 @@ class NeedsMainThread(BaseException):
 def handling_signals_apart(set_handler):
     def patched_signal(*args):
         worker = getattr(baton.held, 'by', None)
-        if worker and not worker.has_acted and threading.current_thread() is not threading.main_thread():
-            raise NeedsMainThread
+        if worker and threading.current_thread() is not threading.main_thread():
+            if not worker.has_acted or getattr(_local, 'judges', False):
+                raise NeedsMainThread
         return set_handler(*args)
     return patched_signal
+
+
+# changed_when, failed_when and until, when the task is over but for them: there the condition is what leaves.
+def judging_apart(evaluate):
+    def patched_evaluate(*args, **kwargs):
+        worker = getattr(baton.held, 'by', None)
+        if not worker or not worker.has_acted:
+            return evaluate(*args, **kwargs)
+        _local.judges = True
+        try:
+            return evaluate(*args, **kwargs)
+        except NeedsMainThread:
+            _local.judges = False
+            ask = functools.partial(timed, evaluate, *args, **kwargs)
+            return unwrapped(answer_from_a_process(ask) or ask())
+        finally:
+            _local.judges = False
+    return patched_evaluate
+
+
+# The class that has conditions evaluated since ansible-core 2.19.
+def template_engine():
+    return getattr(sys.modules.get('ansible._internal._templating._engine'), 'TemplateEngine', None)
 
 
 # A plugin that ends its process ends a worker, and not all that threads of this one are at.
@@ -1035,17 +1067,22 @@ def in_a_process(name, run):
     def patched_run(*args, **kwargs):
         ask = functools.partial(timed, run, *args, **kwargs)
         answer = None if _longest.get(name, QUICK) < QUICK else answer_from_a_process(ask)
-        seconds, result, errors, printed, warned = answer or ask()
-        _longest[name] = max(_longest.get(name, 0), seconds)
-        sys.stdout.write(printed)
-        for warning in warned:
-            warning_context().capture(warning)
-        for error, cause in zip(errors, errors[1:]):
-            error.__cause__ = cause
-        if errors:
-            raise errors[0]
-        return result
+        answer = answer or ask()
+        _longest[name] = max(_longest.get(name, 0), answer[0])
+        return unwrapped(answer)
     return patched_run
+
+
+def unwrapped(answer):
+    _, result, errors, printed, warned = answer
+    sys.stdout.write(printed)
+    for warning in warned:
+        warning_context().capture(warning)
+    for error, cause in zip(errors, errors[1:]):
+        error.__cause__ = cause
+    if errors:
+        raise errors[0]
+    return result
 
 
 # -> seconds, result, the exception and what it came from, and what only another process has to tell of itself
@@ -1410,6 +1447,40 @@ def compiling_once(compile_source):
             return compile_source(environment, source, filename)
         return compiled(source, filename)
     return patched_compile
+
+
+# What kind of module a file is: 0.4 ms of regular expressions.
+def once_for_each_source(judge):
+    judged = functools.lru_cache(maxsize=50)(judge)
+
+    def patched_judge(source):
+        return judged(source) if len(source) < 200000 else judge(source)
+    return patched_judge
+
+
+def searching_once(pattern):
+    return types.SimpleNamespace(search=once_for_each_source(pattern.search))
+
+
+# Each ssh connection object has a parser for options, of which one in ten thousand makes use: 0.4 ms.
+def parsing_late(original):
+    return varied(original, ArgumentParser=LateParser)
+
+
+class LateParser:
+    def __init__(self, *args, **kwargs):
+        self.make = functools.partial(argparse.ArgumentParser, *args, **kwargs)
+        self.arguments = []
+
+    def add_argument(self, *args, **kwargs):
+        self.arguments.append((args, kwargs))
+
+    # Anything else needs the real one.
+    def __getattr__(self, name):
+        parser = self.make()
+        for args, kwargs in self.arguments:
+            parser.add_argument(*args, **kwargs)
+        return getattr(parser, name)
 
 
 # A task, its block and its play context have 125 keywords, of which a playbook sets three. The others are None, or have
@@ -2324,14 +2395,18 @@ def with_payload(built, real_bytes, rebuild):
     return dataclasses.replace(built, b_module_data=payload)
 
 
+literal_once = functools.lru_cache(maxsize=500)(ast.literal_eval)      # not for parameters, which may be secret
+
+
 # The wrapper's own literals are the one place where all versions of Ansible tell what they encoded, and how: a line
 # for each argument of its main function. None for a debugger or a coverage run, which want files on the target.
 def parse_wrapper(text):
     _, found, tail = text.rpartition('    _ansiballz_main(\nansible_module=')
     if found:
         lines = dict(line.split('=', 1) for line in tail.splitlines() if '=' in line)
-        value = {name: ast.literal_eval(lines[name].rstrip(',')) for name in
-                 ('zip_data', 'params', 'module_fqn', 'profile', 'rlimit_nofile', 'extensions')}
+        value = {name: literal_once(lines[name].rstrip(',')) for name in
+                 ('zip_data', 'module_fqn', 'profile', 'rlimit_nofile', 'extensions')}
+        value['params'] = ast.literal_eval(lines['params'].rstrip(','))
     else:
         value = parse_legacy_wrapper(text)
     if value['extensions']:
@@ -3725,7 +3800,6 @@ def command_line(argv):
 
 # -> options for an Ansible command, HOST or None
 def parse(command, argv):
-    import argparse
     parser = argparse.ArgumentParser(prog='%s %s' % (PLUGIN_FILE, command), description='Options go to Ansible.')
     for names in ('-i --inventory', '-u --user', '-e --extra-vars', '--private-key', '--become-user',
                   '--become-method'):
@@ -4518,7 +4592,6 @@ class Agent(object):
         self.calls = {}                     # request -> the Call that we serve
         self.lanes = {}                     # name of a lane -> its Calls; the first one runs, the others wait for it
         self.store = Store()
-        self.ahead = set()                  # tables of contents whose modules were compiled, or soon will be
         self.spares = []                    # children that are ready to be modules
         self.cwd = working_directory()
         self.environ = first_environment()
@@ -5394,7 +5467,7 @@ class Job(object):
         for channel, fd in list(self.outputs.items()):
             while self.pump(channel, fd):
                 pass
-        again = again and len(self.outputs) == 2 and len(self.call.agent.spares) < 8
+        again = again and self.spare.runs < 100 and len(self.outputs) == 2 and len(self.call.agent.spares) < 8
         self.release(self.loop.forget if again else self.loop.close)
         if again:
             add_spare(self.call.agent, self.spare)
@@ -5459,23 +5532,24 @@ def start_module(agent, call, body):
 def fork_module(agent, call, params):
     call.on_input = None
     importer = warm(agent, call.head['toc'])
-    spare = take_spare(agent, importer, call.head['again'])
+    spare = take_spare(agent, importer, call.head)
     Job(call, spare.pid, None, {STDOUT: spare.stdout, STDERR: spare.stderr}, spare)
     spare.set_off(call.head, params)
-    if call.head['toc'] not in agent.ahead:
-        agent.ahead.add(call.head['toc'])
+    if not call.head['again']:      # or its own process can be used again, with what that has compiled
         agent.loop.idle.extend(lambda p=path, d=digest: compile_ahead(agent.store, p, d)
-                               for path, digest in importer.table.items() if path.endswith('.py'))
-    agent.loop.idle.append(lambda: add_spare(agent, take_spare(agent, importer)))
+                               for path, digest in importer.table.items() if (digest, path) not in agent.store.code)
+    agent.loop.idle.append(lambda: call.head['again'] and spare.has.issuperset(agent.store.blobs)
+                           or add_spare(agent, take_spare(agent, importer, call.head)))
 
 
 # A fork of the agent that waits to be told which module it is. It is made while the agent has nothing else to do: a
 # fork and the page faults that follow it are 4 ms of a 12 ms task. After a module that is known to leave its process as
-# it was, it waits for the next one of these.
+# it was, it waits for the next one of these. Not for ever: it might have grown.
 class Spare(object):
     def __init__(self, agent, importer):
-        self.state = state_of(agent)
-        self.runs = 0               # modules so far
+        self.runs = 0                       # modules so far
+        self.has = set(agent.store.blobs)   # the sources that are in its memory
+        self.purges = agent.store.purges
         (order, self.order), outputs = os.pipe(), [os.pipe() for _ in range(3)]
         self.pid = os.fork()
         if not self.pid:
@@ -5492,33 +5566,28 @@ class Spare(object):
             text = text[os.write(self.order, text):]
 
 
-# What has changed here since a spare was made is not in its memory.
-def state_of(agent):
-    return len(agent.store.blobs), len(agent.store.code), len(sys.modules), agent.store.purges
-
-
-# `again`: one in which others have run will do, and comes first. Not for ever: it might have grown.
-def take_spare(agent, importer, again=False):
-    if any(spare.state != state_of(agent) or spare.runs > 100 for spare in agent.spares):
-        discard_spares(agent)
+# One that has the table of contents of this module, and all it names; a new one, if there is none.
+def take_spare(agent, importer, head):
+    table = [from_hex(head['toc'])] + list(importer.table.values())
     for spare in sorted(agent.spares, key=lambda spare: -spare.runs):
-        if again or not spare.runs:
+        if spare.purges < agent.store.purges or not spare.has.issuperset(table):
+            discard(agent, spare)           # a new one can do all that it could
+        elif head['again'] or not spare.runs:
             agent.spares.remove(spare)
             return spare
     return Spare(agent, importer)
 
 
-# One that ends before its time is a reason not to trust the others.
 def add_spare(agent, spare):
     agent.spares.append(spare)
-    agent.loop.exits[spare.pid] = lambda code: spare in agent.spares and discard_spares(agent)
+    agent.loop.exits[spare.pid] = lambda code: discard(agent, spare)
 
 
-def discard_spares(agent):
-    for spare in agent.spares:
+def discard(agent, spare):
+    if spare in agent.spares:
+        agent.spares.remove(spare)
         for fd in (spare.order, spare.stdout, spare.stderr, spare.report):
             os.close(fd)
-    agent.spares = []
 
 
 def compile_ahead(store, path, digest):
@@ -5757,7 +5826,8 @@ def other_names():
 def farewell(agent):
     for call in list(agent.calls.values()):
         call.abandon()
-    discard_spares(agent)
+    for spare in agent.spares[:]:
+        discard(agent, spare)
     for stream in set(agent.routes.values()):
         stream.close('the parent is gone')
     end = now() + 3
