@@ -282,16 +282,25 @@ def add_host_settings(plugin):
 # itself, it turns into a stock one, for the plays that ask for it.
 
 
-# Takes the place of strategy_loader.get. Strategies of other people's run as they are.
+# Takes the place of strategy_loader.get. Strategies of other people's run as they are. A run has one broker: where
+# Mitogen has started its own, that stays the only one; where a play asks for Mitogen later, ours ends.
 def carried_strategy(name, *args, **kwargs):
-    if not setting('enabled'):
+    if not setting('enabled') or mitogen_is_at_work():
         return stock_strategy(name, *args, **kwargs)
     with patched():         # the thread that reads results starts here
         strategy = stock_strategy(name, *args, **kwargs)
     run = getattr(type(strategy), 'run', None)
     if run and os.path.dirname(inspect.getfile(run)) == os.path.dirname(strategy_plugins.__file__):
         strategy.run = functools.partial(run_carried, strategy.run)
+    elif run and run.__module__.startswith('ansible_mitogen.'):
+        close_door()
     return strategy
+
+
+def mitogen_is_at_work():
+    if getattr(sys.modules.get('ansible_mitogen.process'), '_classic_worker_model', None):
+        display.v('mitogen_single: not used from here on, an earlier play of this run asked for a strategy of Mitogen')
+        return True
 
 
 def stock_strategy(name, *args, **kwargs):
@@ -768,7 +777,8 @@ class Outside:
 
     def take_off(self):
         worked, passed = [now - then for now, then in zip(clocks(), self.since)]
-        if worked > LONG or passed - worked > LONG_WAIT:
+        waited = passed - worked
+        if worked > LONG or waited > LONG_WAIT and waited - starved() > LONG_WAIT:
             _heavy.add(self.stock._task._uuid)
         sys.stdout, sys.stderr, before = self.before
         display._final_q = worker_process.current_worker = None
@@ -781,6 +791,14 @@ class Outside:
 # What this thread has worked, and the time.
 def clocks():
     return time.thread_time(), time.monotonic()
+
+
+# Seconds that this thread would have worked, had there been a free core. Where 20 hosts are logged in to at once, from
+# a machine of two cores, it comes to 0.1 s and more, which is no reason for yet more processes.
+def starved():
+    with contextlib.suppress(OSError):      # Linux knows
+        return int(read_file('/proc/thread-self/schedstat').split()[1]) / 1e9
+    return 0
 
 
 # What is the process's own, and a fork would have kept to itself: environment, umask, locale, timeout of new sockets,
@@ -3090,6 +3108,15 @@ def door():
         _broker = os.getpid(), pid, ours
         atexit.register(ours.close)
     return _broker[2]
+
+
+# Ends the broker, and with it all links.
+def close_door():
+    global _broker
+    if _broker and _broker[0] == os.getpid():
+        _broker[2].close()
+        os.waitpid(_broker[1], 0)
+        _broker = None
 
 
 # In the child of the fork: never returns.

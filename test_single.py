@@ -78,6 +78,7 @@ import sys
 import tarfile
 import tempfile
 import textwrap
+import threading
 import time
 import tokenize
 import unittest
@@ -167,11 +168,11 @@ def venv(core):
     """The directory of the virtual environment that has this ansible-core; made at first use."""
     path = os.path.join(VENVS, core)
     if not os.path.exists(os.path.join(path, 'bin', 'ansible-playbook')):
-        make_venv(path, NEWEST if core == 'mitogen' else core, core == 'mitogen')
+        make_venv(path, core)
     return path
 
 
-def make_venv(path, core, with_mitogen):
+def make_venv(path, core):
     have = pythons()
     python = next((have[name] for name in CORES[core] if name in have), None)
     if python is None:
@@ -180,13 +181,21 @@ def make_venv(path, core, with_mitogen):
     note('making a virtual environment: %s' % path)
     shutil.rmtree(path, ignore_errors=True)
     os.makedirs(os.path.dirname(path), exist_ok=True)
-    packages = ['ansible-core==%s.*' % core] + ['mitogen==%s' % MITOGEN] * with_mitogen
     try:
         sh(python, '-m', 'venv', path)
-        sh(os.path.join(path, 'bin', 'pip'), 'install', '-q', *packages)
+        sh(os.path.join(path, 'bin', 'pip'), 'install', '-q', 'ansible-core==%s.*' % core)
     except RuntimeError:
         shutil.rmtree(path, ignore_errors=True)
         raise
+
+
+def mitogen():
+    """The directory with the packages of Mitogen, the peer; fetched at first use."""
+    path = os.path.join(VENVS, 'mitogen-' + MITOGEN)
+    if not os.path.exists(os.path.join(path, 'ansible_mitogen')):
+        note('fetching Mitogen: %s' % path)
+        sh(os.path.join(venv(NEWEST), 'bin', 'pip'), 'install', '-q', '--no-deps', '--target', path, 'mitogen==' + MITOGEN)
+    return path
 
 
 BUNDLED = ('ansible/posix', 'community/general', 'community/docker', 'community/libvirt', 'community/okd',
@@ -658,15 +667,14 @@ class Engine:
     def __init__(self, name, core=NEWEST):
         self.name = name
         self.core = core
-        self.venv = venv('mitogen' if name == 'mitogen' else core)
+        self.venv = venv(core)
 
     def environment(self):
         if self.name == 'plugin':
             return {'ANSIBLE_STRATEGY_PLUGINS': HERE, 'ANSIBLE_STRATEGY': 'mitogen_single'}
         if self.name == 'mitogen':
-            place = glob.glob(os.path.join(self.venv, 'lib/python3*/site-packages/ansible_mitogen'))[0]
-            return {'ANSIBLE_STRATEGY_PLUGINS': os.path.join(place, 'plugins', 'strategy'),
-                    'ANSIBLE_STRATEGY': 'mitogen_linear'}
+            return {'ANSIBLE_STRATEGY_PLUGINS': os.path.join(mitogen(), 'ansible_mitogen', 'plugins', 'strategy'),
+                    'ANSIBLE_STRATEGY': 'mitogen_linear', 'PYTHONPATH': mitogen()}
         return {}
 
 
@@ -835,6 +843,14 @@ class Play:
         return [pid for pid in all_pids()
                 if (uid_of(pid) in lab_uids or sign.search(proc(pid, 'environ')))
                 and not is_zombie(pid)]
+
+    def memory(self):
+        """Bytes that the processes of this run take on the controller; what several share counts once."""
+        sign, total = '\0MS_RUN=%s\0' % self.mark, 0
+        for pid in all_pids():      # a master of ssh's writes its title over its environment
+            if sign in '\0' + proc(pid, 'environ') or self.sockets in proc(pid, 'cmdline'):
+                total += sum(int(size) << 10 for size in re.findall(r'^Pss: +(\d+)', proc(pid, 'smaps_rollup'), re.M))
+        return total
 
     def leftovers(self):
         """A line for each process and each temporary file that should be gone."""
@@ -2093,6 +2109,24 @@ class RealDirectories(Installed):
         self.assertEqual(dict(play.logins()), {LAB.login: 2})
         expected = int(by_version([self.core, '2.19'])[0] == '2.19')
         self.assertEqual((play.out + play.err).count('Use of strategy plugins not included'), expected, play.tail())
+
+    @newest
+    def test_beside_mitogen(self):
+        """A run has one broker: ours until a play asks for Mitogen, then Mitogen's, whatever comes after."""
+        env = dict(Engine('mitogen').environment(), ANSIBLE_STRATEGY=None)
+        brokers = '{name: brokers, debug: {msg: "{{ lookup(\'pipe\', \'%s\') }}"}}' % (
+            'ps -o pid= --ppid $(ps -o ppid= -p $PPID) | wc -l')
+        book = ''.join('- {hosts: all, gather_facts: false, strategy: %s, tasks: [command: echo, %s]}\n' % (name, brokers)
+                       for name in ('linear', 'mitogen_linear', 'linear'))
+        counts = {}
+        for engine, files in ((self.stock, {}), (self.plugin, {'callback_plugins/mitogen_single.py': self.source()})):
+            play = self.new(engine, book, env=dict(NO_STRATEGY, **env), files=files, args=['-v']).run()
+            self.assertEqual(play.rc, 0, play.tail())
+            counts[engine.name] = [event['result']['msg'] for event in play.events()
+                                   if event['event'] == 'runner_ok' and event['task'] == 'brokers']
+        self.assertEqual(counts['plugin'][1:], counts['stock'][1:])
+        if self.ours:
+            self.assertEqual(play.out.count('mitogen_single: not used from here on'), 1, play.tail())
 
     def test_documentation(self):
         names = ('mitogen_single', 'mitogen_single_free', 'mitogen_linear', 'mitogen')
@@ -3477,6 +3511,7 @@ class RealCache(Real):
             for text in 'words are going', 'SyntaxWarning':
                 self.assertEqual((play.out + play.err).count(text), 1, play.tail())
 
+    @newest
     def test_sources_travel_behind_an_earlier_request(self):
         """Once to each agent, while an earlier task is at work: those that an earlier run has found."""
         self.needs_plugin()
@@ -5749,7 +5784,8 @@ class RealPythons(Real):
 class Workload:
     """What to run and where: `delay` is the round trip of the link in seconds."""
 
-    def __init__(self, about, book, hosts=1, delay=0, files=None, env=None, warm=False, become=False, beside=False):
+    def __init__(self, about, book, hosts=1, delay=0, files=None, env=None, warm=False, become=False, beside=False,
+                 memory=False):
         self.about = about
         self.book = book
         self.hosts = hosts
@@ -5758,6 +5794,7 @@ class Workload:
         self.env = env or {}
         self.warm = warm                # one run beforehand that does not count
         self.beside = beside            # how long the items of the second host take beside the first one's
+        self.memory = memory            # how much of it the controller takes at most
 
 
 def repeated(count, task):
@@ -5782,7 +5819,7 @@ WORKLOADS = {
                         tasks('{command: "echo {{ item }}", loop: "{{ range(100) | list }}"}')),
     'hosts10': Workload('20 x command, 10 hosts', repeated(20, 'command: hostname'), hosts=10),
     'hosts40': Workload('20 x command, 40 hosts', repeated(20, 'command: hostname'), hosts=40),
-    'hosts200': Workload('5 x command, 200 hosts', repeated(5, 'command: hostname'), hosts=200),
+    'hosts200': Workload('5 x command, 200 hosts', repeated(5, 'command: hostname'), hosts=200, memory=True),
     'delay100': Workload('100 x command, 50 ms', repeated(100, 'command: hostname'), delay=0.05),
     'delayloop100': Workload('loop of 100 command, 50 ms', tasks(
         '{command: "echo {{ item }}", loop: "{{ range(100) | list }}"}'), delay=0.05),
@@ -5945,7 +5982,23 @@ def bench_line(engine, median, medians):
     if 'up' in median:
         line += '  up %d kB, down %d kB, %d round trips' % (median['up'] / 1000, median['down'] / 1000,
                                                             median['trips'])
+    if 'memory' in median:
+        line += '  %d MB' % (median['memory'] / 1e6)
     return line
+
+
+class MemoryWatch(threading.Thread):
+    """The most that a play took, in a look every second: one takes 1 ms for each process."""
+
+    def __init__(self, play):
+        super().__init__(daemon=True)
+        self.play = play
+        self.peak = 0
+        self.over = threading.Event()
+
+    def run(self):
+        while not self.over.wait(1):
+            self.peak = max(self.peak, self.play.memory())
 
 
 def bench_once(workload, engine):
@@ -5963,8 +6016,15 @@ def bench_once(workload, engine):
                    ANSIBLE_CALLBACK_PLUGINS='plugins/callback:' + as_recommended())
     play = Play(engine, dict(workload.files, **{'play.yml': workload.book}), hosts,
                 dict(env, **workload.env), ['play.yml'],
-                timeout=900, home=LAB.path('bench_' + engine.name)).run()
+                timeout=900, home=LAB.path('bench_' + engine.name)).start()
+    watch = MemoryWatch(play)
+    if workload.memory:
+        watch.start()
+    play.finish()
+    watch.over.set()
     sample = {'seconds': play.seconds, 'cpu': play.usage.ru_utime + play.usage.ru_stime}
+    if workload.memory:
+        sample['memory'] = watch.peak
     if workload.beside:
         moments = [event['at'] for event in play.events() if event['event'] == 'item_ok' and event['host'] == 't2']
         sample['item'] = statistics.median(later - at for at, later in zip(moments, moments[1:]))
