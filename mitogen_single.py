@@ -25,8 +25,9 @@ sources of modules in RAM, and runs modules in forks of itself. The life of a ta
  3. Connection.exec_command sees the Payload and asks the broker, through the worker's Client (§7), to run it in the
     agent of that host and account. Where there is none yet, it is started hop by hop: the stock plugins are asked for
     the command lines and for what the prompts mean (§9), the broker or an agent runs them (§15).
- 4. The broker adds the sources which that agent lacks to the same write (§8). A child of the agent imports from RAM
-    and runs the module as __main__ (§16, §18). Its exit code and output are the answer.
+ 4. The broker adds the sources which that agent lacks to the same write, and behind them those of a later task (§8). A
+    child of the agent imports from RAM and runs the module as __main__ (§16, §18). Its exit code and output are the
+    answer.
 
 Invariants. Nothing that comes from a target is unpickled, evaluated or used as a path here. A target cannot address
 another target, but for those that are reached by way of it. Passwords travel only as the answer to a prompt. What we
@@ -41,7 +42,7 @@ Where does my line go?
     3  PATCHES          the table of what we change in Ansible
     4  WORKERS          threads that take turns; lookups that wait; items that run ahead; what is worked out once
     5  CONNECTION       exec_command, put_file, fetch_file, reset; the way by other hosts; temporary directories
-    6  PAYLOADS         what Ansible's module builder made: a table of contents, the parameters; kept across runs
+    6  PAYLOADS         what Ansible's module builder made: contents and parameters; kept across runs; foreseen
     7  CLIENT           a worker's end of the broker's socket
     8  BROKER           owns the links, connects once, knows which agent has which sources
     9  HOPS             stock plugins' options -> command line + dialogue
