@@ -1487,6 +1487,8 @@ def parsing_late(original):
 
 
 class LateParser:
+    make, arguments = argparse.ArgumentParser, ()       # of a copy that is just being made
+
     def __init__(self, *args, **kwargs):
         self.make = functools.partial(argparse.ArgumentParser, *args, **kwargs)
         self.arguments = []
@@ -1784,9 +1786,9 @@ class FetchedFile:
     def __enter__(self):
         return self
 
-    def __exit__(self, *exc):
+    def __exit__(self, kind, *exc):
         self.file.close()
-        self.state = self.state_now()
+        self.state = None if kind else self.state_now()
 
     def write(self, data):
         self.file.write(data)
@@ -2746,7 +2748,7 @@ def foreseeing(blocks):
             if name not in seen and display.verbosity < 3:      # from there on Ansible tells what it builds
                 seen.add(name)
                 tables += foreseen(*name)
-                with contextlib.suppress(LinkLost):             # the next task starts another broker
+                with contextlib.suppress(LinkLost, OSError):    # which the next task reports, if it lasts
                     client().tell(dict(call='expect', tables=tables))
                 yield True
 
@@ -2759,16 +2761,18 @@ def tasks_in(blocks):
             yield block
 
 
-# (name, collections to look in) of each.
+# (name, collections to look in) of each. Whatever is wrong with an action or a module is for its task to say, if that
+# is ever run.
 def modules_of(task):
-    collections = tuple(task.collections or ())
-    action = action_module(task.action, collections)
-    names = MODULES_OF.get(action, [task.action] if action == 'ansible.plugins.action.normal' else [])
-    return [(name, collections) for name in names]
+    with contextlib.suppress(Exception):
+        collections = tuple(task.collections or ())
+        action = action_module(task.action, collections)
+        names = MODULES_OF.get(action, [task.action] if action == 'ansible.plugins.action.normal' else [])
+        return [(name, collections) for name in names]
+    return []
 
 
 # The hash of a module's table of contents, once the broker has all of it; nothing for what cannot be told in advance.
-# Whatever is wrong with a module is for its task to say, if that is ever run.
 def foreseen(name, collections):
     with contextlib.suppress(Exception), payloads(RECALLED):
         path = module_loader.find_plugin(name, '.py', collection_list=list(collections))

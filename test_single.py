@@ -3149,6 +3149,7 @@ def probe(*deeds, extra=''):
 
 class RealModules(Real):
     every_core = OLDEST_CORE
+    pipelining = True
 
     def test_well_behaved(self):
         self.compare(probe(
