@@ -400,8 +400,9 @@ def patches():
         # as nobody has seen anything of its task.
         (subprocess.Popen, '__init__', starting_without_terminal),
         (signal, 'signal', handling_signals_apart),
-        *[row for row in ((Conditional, 'evaluate_conditional_with_result', judging_apart),       # up to 2.18
-                          (template_engine(), 'evaluate_conditional', judging_apart)) if hasattr(*row[:2])],
+        *those_there(
+            (Conditional, 'evaluate_conditional_with_result', judging_apart),       # up to ansible-core 2.18
+            (template_engine(), 'evaluate_conditional', judging_apart)),            # since then
         (os, '_exit', ending_the_worker),
         (FinalQueue, 'send_callback', noting_events),
         # Threads fork, too, and signals come at any moment.
@@ -413,11 +414,12 @@ def patches():
         (jinja2.Environment, '_compile', compiling_once),
         (module_common, '_is_binary', once_for_each_source),
         (module_common, 'NEW_STYLE_PYTHON_MODULE_RE', searching_once),
-        *[(sys.modules[name], 'argparse', parsing_late) for name in ['ansible.plugins.connection.ssh']
-          if hasattr(sys.modules.get(name), 'argparse')],
-        # Values that Ansible would go through at length, to leave them as they are: such seams since ansible-core 2.19.
-        *[row for row in ((FieldAttributeBase, 'post_validate_attribute', validating_briefly),
-                          (utils_vars, 'transform_to_native_types', leaving_plain_values)) if hasattr(*row[:2])],
+        # Values that Ansible would go through at length, to leave them as they are, and a parser that it would make for
+        # nothing: since ansible-core 2.19.
+        *those_there(
+            (FieldAttributeBase, 'post_validate_attribute', validating_briefly),
+            (utils_vars, 'transform_to_native_types', leaving_plain_values),
+            (ssh_plugin, 'argparse', parsing_late)),
         # A module for one of our connections is built with a table of contents in the place of its zip ...
         (action, '_execute_module', preferring_agents),
         (action_plugins, 'modify_module', making_payloads),
@@ -433,6 +435,11 @@ def patches():
         # Pipelining is a question of cost, not of taste, once there is an agent: also for su, also where it is off.
         (action, '_is_pipelining_enabled', always_pipelining),
     )
+
+
+# Seams that only some versions of Ansible have.
+def those_there(*rows):
+    return [row for row in rows if hasattr(*row[:2])]
 
 
 _in_place = []          # (owner, name) of what is patched now
@@ -692,9 +699,9 @@ class NeedsMainThread(BaseException):
 # A filter may guard itself by an alarm. In a forked worker it can, and so it can in a process of its own.
 def handling_signals_apart(set_handler):
     def patched_signal(*args):
-        worker = getattr(baton.held, 'by', None)
+        worker = _local.worker
         if worker and threading.current_thread() is not threading.main_thread():
-            if not worker.has_acted or getattr(_local, 'judges', False):
+            if not worker.has_acted or _local.judges:
                 raise NeedsMainThread
         return set_handler(*args)
     return patched_signal
@@ -703,7 +710,7 @@ def handling_signals_apart(set_handler):
 # changed_when, failed_when and until, when the task is over but for them: there the condition is what leaves.
 def judging_apart(evaluate):
     def patched_evaluate(*args, **kwargs):
-        worker = getattr(baton.held, 'by', None)
+        worker = _local.worker
         if not worker or not worker.has_acted:
             return evaluate(*args, **kwargs)
         _local.judges = True
@@ -728,7 +735,7 @@ def ending_the_worker(end_process):
     ours = os.getpid()
 
     def patched_exit(code):
-        if getattr(baton.held, 'by', None) and os.getpid() == ours:
+        if _local.worker and os.getpid() == ours:
             raise SystemExit(code)
         end_process(code)
     return patched_exit
@@ -736,7 +743,7 @@ def ending_the_worker(end_process):
 
 # From here on the task cannot begin once more: it has sent an event, or reached for its host.
 def note_action():
-    worker = getattr(baton.held, 'by', None)
+    worker = _local.worker
     if worker:
         worker.has_acted = True
 
@@ -831,11 +838,23 @@ def set_surroundings(wanted):
             os.chdir(directory)
 
 
+# What belongs to one thread.
+class PerThread(threading.local):
+    worker = None       # the WorkerThread that it is, or runs an item for; None while it keeps the baton, see kept()
+    item = None         # the item of a loop that it runs
+    client = None       # through which it asks the broker
+    building = False    # whether the modules that it builds are Payloads, see payloads()
+    judges = False      # whether it evaluates a condition, the action being over
+    fetched = None      # the file that it fetched last
+
+
+_local = PerThread()
+
+
 class Baton:
     def __init__(self):
         self.lock = threading.RLock()       # which knows whose it is, whenever a signal comes
         self.news = threading.Event()       # a result came, or a worker ended: the main thread has something to do
-        self.held = threading.local()       # .by: the WorkerThread that this thread is
         self.workers = set()                # those that have not ended
         self.is_broken = False              # an exception ended the play: the main thread keeps it
         self.spare_work = None              # an iterator: a step of it where the main thread would only wait
@@ -872,7 +891,7 @@ class Baton:
 
     @contextlib.contextmanager
     def held_by(self, worker):
-        self.held.by = worker
+        _local.worker = worker
         self.lock.acquire()
         worker.outside.put_on()
         try:
@@ -886,7 +905,7 @@ class Baton:
     # Around whatever a worker waits for. For anybody else it means nothing.
     @contextlib.contextmanager
     def passed_on(self):
-        worker = getattr(self.held, 'by', None)
+        worker = _local.worker
         if worker:
             worker.outside.take_off()
             self.lock.release()
@@ -900,7 +919,7 @@ class Baton:
 
     # For a worker that somebody has terminated: whatever it would do or say now is of no interest any more.
     def leave_if_ended(self):
-        if getattr(self.held, 'by', None) and self.held.by.is_ended:
+        if _local.worker and _local.worker.is_ended:
             raise SystemExit
 
     # Around what takes long only once: it says nothing about the task.
@@ -908,7 +927,7 @@ class Baton:
     def uncounted(self):
         began = clocks()
         yield
-        worker = getattr(self.held, 'by', None)
+        worker = _local.worker
         if worker:
             worker.outside.since = [then + now - before for then, now, before in
                                     zip(worker.outside.since, clocks(), began)]
@@ -916,14 +935,14 @@ class Baton:
     # Around a wait that is known to be short, and inside of which nobody else may run.
     @contextlib.contextmanager
     def kept(self):
-        worker, self.held.by = getattr(self.held, 'by', None), None
+        worker, _local.worker = _local.worker, None
         try:
             yield
         finally:
-            self.held.by = worker
+            _local.worker = worker
 
     # The main thread, instead of its sleep of 1 ms between two looks at the results. Forked workers end without a word,
-    # so as long as there are any it has to look again soon.
+    # so as long as there are any it has to look again soon. Where no news comes it does some of the spare work.
     def wait_for_news(self, seconds):
         if not self.is_mine() or threading.current_thread() is not threading.main_thread():
             return time.sleep(seconds)
@@ -981,7 +1000,7 @@ def with_sleep_in_turn(original):
 # hashed on its way.
 def hashing_in_turn(hash_file):
     def patched_hash(*args):
-        fetched = getattr(_local, 'fetched', None)
+        fetched = _local.fetched
         known = fetched and args == (fetched.path,) and fetched.hashed_by(hash_file.__name__)
         if known:
             return known
@@ -1045,7 +1064,7 @@ class Reader:
 # Up to ansible-core 2.18 a worker does this for itself. For a thread it is done whenever it gets the baton.
 def setting_queue_in_forks(set_queue):
     def patched_set(self, queue):
-        if not getattr(baton.held, 'by', None):
+        if not _local.worker:
             set_queue(self, queue)
     return patched_set
 
@@ -1054,7 +1073,7 @@ def setting_queue_in_forks(set_queue):
 def starting_without_terminal(start):
     def patched_init(process, args, bufsize=-1, executable=None, stdin=None, stdout=None, stderr=None, *more,
                      **options):
-        worker = getattr(baton.held, 'by', None)
+        worker = _local.worker
         if worker:
             stdin, stdout, stderr = [subprocess.DEVNULL if f is None else f for f in (stdin, stdout, stderr)]
             options.setdefault('start_new_session', True)
@@ -1075,7 +1094,7 @@ _longest = {}           # module of such a plugin -> the seconds that it took, a
 def asking_lookups_apart(get):
     def patched_get(*args, **kwargs):
         plugin = get(*args, **kwargs)
-        if isinstance(plugin, LookupBase) and getattr(baton.held, 'by', None):
+        if isinstance(plugin, LookupBase) and _local.worker:
             if type(plugin).__module__ not in REVIEWED:
                 plugin.run = in_a_process(type(plugin).__module__, plugin.run)
         return plugin
@@ -1124,7 +1143,7 @@ def answer_from_a_process(ask):
         with baton.kept(), display._lock:       # as stock workers are started: no thread that prints holds it then
             process.start()
         theirs.close()
-        baton.held.by.note_program(types.SimpleNamespace(pid=process.pid, poll=lambda: process.exitcode))
+        _local.worker.note_program(types.SimpleNamespace(pid=process.pid, poll=lambda: process.exitcode))
         try:
             with baton.passed_on():
                 multiprocessing_connection.wait([ours])
@@ -1190,7 +1209,7 @@ def running_items_ahead(run_loop):
 # templates are such: what the second of their two requests says depends on the answer to the first.
 def why_one_by_one(task, items):
     control = task.loop_control
-    if not getattr(baton.held, 'by', None):
+    if not _local.worker:
         return 'the worker is a process'
     if len(items) < 3:
         return 'nothing to gain'
@@ -1218,7 +1237,7 @@ class Lane:
         self.items = items
         self.run_loop = run_loop
         self.name = '%d.%d' % (os.getpid(), next(_lane_numbers))
-        self.worker = baton.held.by
+        self.worker = _local.worker
         self.client = client()                      # requests leave in the order in which they are asked, and ..
         self.context = contextvars.copy_context()   # .. answers come in that order
         self.variables = task_variables(executor)   # what the last finished item knew
@@ -1326,7 +1345,7 @@ class LoopItem(threading.Thread):
             with baton.passed_on():
                 self.before.is_done.wait()
         self.before = None
-        if getattr(_local, 'client', None) is not self.lane.client:     # which is for him to read whose turn it is
+        if _local.client is not self.lane.client:     # which is for him to read whose turn it is
             keep_client(self.lane.worker)
             _local.client = self.lane.client
 
@@ -1770,42 +1789,6 @@ def refuse(connection, reason):
     explain(connection, reason)
 
 
-# A file that is written here as it comes, with the two hashes of it that fetch returns: 1.3 s for 512 MiB once it is
-# here, next to nothing while a worker waits for the next piece.
-class FetchedFile:
-    HASHES = dict(secure_hash=hashlib.sha1, md5=hashlib.md5)    # by the names of Ansible's functions
-
-    def __init__(self, path):
-        self.path = path
-        self.file = open(to_bytes(path, errors='surrogate_or_strict'), 'wb')
-        self.hashes = {}
-        for name, new in self.HASHES.items():
-            with contextlib.suppress(ValueError):       # a system whose rules forbid it
-                self.hashes[name] = new()
-
-    def __enter__(self):
-        return self
-
-    def __exit__(self, kind, *exc):
-        self.file.close()
-        self.state = None if kind else self.state_now()
-
-    def write(self, data):
-        self.file.write(data)
-        for digest in self.hashes.values():
-            digest.update(data)
-
-    def state_now(self):
-        found = os.stat(self.file.name)
-        return found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns
-
-    # None for what was not worked out, or is not the same file any more.
-    def hashed_by(self, name):
-        with contextlib.suppress(OSError):
-            if name in self.hashes and self.state == self.state_now():
-                return self.hashes[name].hexdigest()
-
-
 # What an AgentConnection does with the help of the broker; beside it, so that no name of ours hides one of the stock
 # plugin's.
 class Carrier:
@@ -1924,7 +1907,7 @@ class Carrier:
 
     # Ask; where the way is not open yet, open it and ask again.
     def call(self, account, interpreter, head, body=b'', **more):
-        head, item = self.addressed(account, interpreter, head), getattr(_local, 'item', None)
+        head, item = self.addressed(account, interpreter, head), _local.item
         try:
             if item:
                 item.asks(head)
@@ -1954,7 +1937,7 @@ class Carrier:
 
     # After files that are still on their way, in front of the answers of earlier items, or just so.
     def ask(self, head, body, **more):
-        place, item = self.connection._place, getattr(_local, 'item', None)
+        place, item = self.connection._place, _local.item
         if place and place.posted:
             return client().call(place.after_posted(head), body, meanwhile=place.settle, **more)
         try:
@@ -2019,6 +2002,42 @@ class Carrier:
 
     def where(self):
         return '%s@%s' % (self.context.remote_user or '', self.context.remote_addr)
+
+
+# A file that is written here as it comes, with the two hashes of it that fetch returns: 1.3 s for 512 MiB once it is
+# here, next to nothing while a worker waits for the next piece.
+class FetchedFile:
+    HASHES = dict(secure_hash=hashlib.sha1, md5=hashlib.md5)    # by the names of Ansible's functions
+
+    def __init__(self, path):
+        self.path = path
+        self.file = open(to_bytes(path, errors='surrogate_or_strict'), 'wb')
+        self.hashes = {}
+        for name, new in self.HASHES.items():
+            with contextlib.suppress(ValueError):       # a system whose rules forbid it
+                self.hashes[name] = new()
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, kind, *exc):
+        self.file.close()
+        self.state = None if kind else self.state_now()
+
+    def write(self, data):
+        self.file.write(data)
+        for digest in self.hashes.values():
+            digest.update(data)
+
+    def state_now(self):
+        found = os.stat(self.file.name)
+        return found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns
+
+    # None for what was not worked out, or is not the same file any more.
+    def hashed_by(self, name):
+        with contextlib.suppress(OSError):
+            if name in self.hashes and self.state == self.state_now():
+                return self.hashes[name].hexdigest()
 
 
 # ---- by way of other hosts
@@ -2363,7 +2382,7 @@ RECALLED = 'recalled'       # nothing but what an earlier run has found
 # Whether what is built here is one, or RECALLED.
 @contextlib.contextmanager
 def payloads(wanted):
-    before = getattr(_local, 'building', False)
+    before = _local.building
     _local.building = wanted
     try:
         yield
@@ -2373,7 +2392,7 @@ def payloads(wanted):
 
 def making_payloads(modify_module):
     def patched_modify(*args, **kwargs):
-        if not getattr(_local, 'building', False):
+        if not _local.building:
             return modify_module(*args, **kwargs)
 
         def build():
@@ -2843,18 +2862,17 @@ class BecomeEnded(HopFailed):
 FAILURES = {'closed': NotConnected, 'toc': UnknownModule, 'lost': LinkLost, 'tmpdir': NoDirectory}
 
 
-_local = threading.local()      # what belongs to one thread
 _idle = []                      # clients of worker threads that have ended
 
 
 # One for each thread of each process: a forked worker must not use its parent's.
 def client():
-    mine = getattr(_local, 'client', None)
+    mine = _local.client
     if not mine or not mine.is_usable():
         idle = [other for other in _idle if other.is_usable()]
         mine = _local.client = idle.pop() if idle else Client(door())
         _idle[:] = idle
-        worker = getattr(baton.held, 'by', None)
+        worker = _local.worker
         if worker:
             worker.clients.add(mine)
     return mine
@@ -2862,7 +2880,7 @@ def client():
 
 # A thread of a worker ends: its client serves the next one.
 def keep_client(worker):
-    mine = getattr(_local, 'client', None)
+    mine = _local.client
     worker.clients.discard(mine)
     if mine and mine.sock:
         _idle.append(mine)
@@ -2922,7 +2940,7 @@ class Client:
     # only as long as they have the baton.
     @contextlib.contextmanager
     def without_baton(self):
-        if getattr(_local, 'item', None):
+        if _local.item:
             yield
         else:
             with baton.passed_on(), baton.kept():

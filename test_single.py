@@ -563,7 +563,7 @@ def with_dependencies(packages):
 
 
 BASE_PACKAGES = {'sshd': 'openssh-server', 'ssh': 'openssh-client', 'sudo': 'sudo', 'rsync': 'rsync',
-                 'setfacl': 'acl', 'awk': 'mawk', 'unzip': 'unzip', 'doas': 'opendoas'}
+                 'setfacl': 'acl', 'awk': 'mawk', 'unzip': 'unzip', 'doas': 'opendoas', 'tcsh': 'tcsh', 'fish': 'fish'}
 
 
 def install_packages(wanted):
@@ -4991,6 +4991,19 @@ class RealFailures(Real):
                      '    - {ping: }\n', hosts={'t1': {'ansible_user': 'msnoisy'}},
                      without=('stderr', 'stderr_lines', 'module_stderr'))
 
+    def test_other_login_shells(self):
+        """Which have their own idea of quotes, exclamation marks and dollars."""
+        self.needs_root()
+        self.addCleanup(sh, 'usermod', '-s', '/bin/bash', 'msapp')
+        for shell in ('tcsh', 'fish', 'dash'):
+            with self.subTest(shell):
+                if not shutil.which(shell):
+                    self.skipTest('no %s on this machine' % shell)
+                sh('usermod', '-s', shutil.which(shell), 'msapp')
+                self.compare(tasks('command: echo hello', 'shell: "echo $HOME $((1 + 1)); echo \\"it is\\" >&2"', 'raw: echo $HOME',
+                                   'copy: {content: "x\\n", dest: ~/x}', 'file: {path: ~/x, state: absent}'),
+                             hosts={'t1': {'ansible_user': 'msapp'}}, pipelining=True)
+
     def test_unwritable_home(self):
         self.needs_root()
         self.compare(tasks('command: id -un', 'stat: {path: /etc/hostname}', 'command: pwd'),
@@ -5100,6 +5113,41 @@ class RealFailures(Real):
 
     def test_agent_killed(self):
         self.kill_during_sleep(lambda play, sleeper: [parent_of(parent_of(sleeper))], orphans=True)
+
+    @newest
+    def test_forced_command(self):
+        """An account that may only run one program."""
+        self.needs_root()
+        server = LAB.sshd('', 'ForceCommand echo forced\n')
+        try:
+            self.compare_failure(WHO, None, 'forced', hosts={'t1': {'ansible_port': server.port}}, ignore=TEXTS + ('rc',))
+        finally:
+            server.stop()
+
+    @newest
+    def test_stopped_and_continued(self):
+        """Whoever is stopped for a while, be it by a debugger: it takes longer."""
+        self.needs_plugin()
+        for who, choose in (('module', lambda play, sleeper: [parent_of(sleeper)]),
+                            ('agent', lambda play, sleeper: [parent_of(parent_of(sleeper))]), ('ssh', self.ssh_of),
+                            ('broker', lambda play, sleeper: [parent_of(self.ssh_of(play, sleeper)[0])])):
+            with self.subTest(who):
+                play = self.new(self.plugin, self.KILLS.replace('61.5', '3.61'), hosts=many_hosts(2), timeout=40).start()
+                try:
+                    sleeper = wait_for(lambda: [pid for pid in play.processes() if proc(pid, 'cmdline') == 'sleep\0003.61\0'],
+                                       20, 'the victim does not start')[0]
+                    stopped = choose(play, sleeper)
+                    self.assertTrue(stopped, 'nobody to stop')
+                    for pid in stopped:
+                        kill(pid, signal.SIGSTOP)
+                    time.sleep(4)
+                    for pid in stopped:
+                        kill(pid, signal.SIGCONT)
+                finally:
+                    play.finish()
+                self.assertEqual([play.rc, play.status('victim', 't1'), play.status('after', 't2')], [0, 'ok', 'ok'],
+                                 play.tail())
+                self.assertEqual(play.left_behind(), [], play.tail())
 
     @newest
     def test_link_frozen(self):
@@ -5222,6 +5270,43 @@ class RealLeftovers(Real):
     def assert_clean(self, play, killed=False):
         left = [line for line in play.left_behind() if not (killed and ANSIBLES_OWN.search(line))]
         self.assertEqual(left, [], play.tail())
+
+    @newest
+    def test_odd_controllers(self):
+        """Stock Ansible runs there, and so does the plugin."""
+        self.needs_root()
+        lines = {'few descriptors': 'ulimit -n 256; exec "$@"',
+                 'no shared memory': 'exec unshare -m sh -c \'mount -t tmpfs -o ro tmpfs /dev/shm && exec "$@"\' sh "$@"',
+                 'full directory for temporary files': 'exec unshare -m sh -c \'mount -t tmpfs -o size=1m tmpfs t && '
+                                                       '(dd if=/dev/zero of=t/fill bs=4k 2>/dev/null; exec "$@")\' sh "$@"'}
+        for name, line in lines.items():
+            with self.subTest(name):
+                stock = self.oddly(self.stock, line)
+                self.remove_control(stock)
+                ours = self.oddly(self.plugin, line)
+                self.assert_same(stock, ours)
+
+    @newest
+    def test_nobody_there(self):
+        """Stock workers get into trouble without a stdin, and tell callbacks nothing when nobody reads."""
+        self.needs_plugin()
+        for name, line in {'no stdin': 'exec "$@" <&-', 'nobody reads': '{ "$@"; echo $? >&2; } | true'}.items():
+            with self.subTest(name):
+                play = self.oddly(self.plugin, line)
+                self.assertEqual([play.status('file', 't%d' % n) for n in range(1, 9)], ['ok'] * 8, play.tail())
+                self.assertTrue(play.rc == 0 and (name == 'no stdin' or play.err.endswith('120\n')), play.tail())
+
+    def oddly(self, engine, line):
+        """A play on eight hosts, started by a line of shell whose arguments are the command."""
+        play = self.new(engine, WHO + '    - {name: copy, copy: {content: "x\\n", dest: "~/{{ inventory_hostname }}"}}\n'
+                        '    - {name: file, file: {path: "~/{{ inventory_hostname }}", state: absent}}\n',
+                        hosts=many_hosts(8), env={'ANSIBLE_PIPELINING': '1'})
+        play.argv[:0] = ['sh', '-c', line, 'sh']
+        play.run()
+        self.assertFalse(play.hung, 'hangs: ' + play.tail())
+        if engine is self.plugin:
+            self.assertEqual(play.left_behind(), [], play.tail())
+        return play
 
     @newest
     def test_ctrl_c(self):
