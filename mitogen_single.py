@@ -540,7 +540,7 @@ def why_fork(given):
         return 'a timeout is a signal, which only a main thread gets'
     if connection_module(connection) not in REVIEWED or not (task.delegate_to is None or task.delegate_to in LOCALHOST):
         return 'another connection plugin may wait where we cannot see it'
-    if action_module(task.action, tuple(task.collections or ())) not in REVIEWED:
+    if action_of(task) not in REVIEWED:
         return 'an action plugin that nobody reviewed'
     if task._uuid in _heavy:
         return 'it takes long on the controller: let hosts share the processors'
@@ -552,7 +552,11 @@ def keeps_apart(variables):
     return not C.config.get_configuration_definition(name) or C.config.get_config_value(name, variables=variables)
 
 
-# The module that the class of an action's plugin comes from; None where only Ansible's full search can tell.
+# The module that the class of a task's action plugin comes from; None where only Ansible's full search can tell.
+def action_of(task):
+    return action_module(task.action, tuple(task.collections or ()))
+
+
 @functools.lru_cache(maxsize=None)
 def action_module(action, collections):
     if not isinstance(action, str) or '{' in action:
@@ -838,7 +842,7 @@ def set_surroundings(wanted):
             os.chdir(directory)
 
 
-# What belongs to one thread.
+# What belongs to one thread, to the main one as well; for §4 to §7.
 class PerThread(threading.local):
     worker = None       # the WorkerThread that it is, or runs an item for; None while it keeps the baton, see kept()
     item = None         # the item of a loop that it runs
@@ -1215,7 +1219,7 @@ def why_one_by_one(task, items):
         return 'nothing to gain'
     if task.async_val or task.until or task.retries:
         return 'an item is more than one request'
-    if action_module(task.action, tuple(task.collections or ())) not in ONE_REQUEST:
+    if action_of(task) not in ONE_REQUEST:
         return 'its action may be more than one request'
     if control.pause or control.extended or control.index_var or getattr(control, 'break_when', None):
         return 'the loop is more than its items'
@@ -1370,7 +1374,7 @@ def run_alone(item):
 
 # Also a command of the user's own goes by the name of Ansible's.
 def is_factless(task):
-    return (action_module(task.action, tuple(task.collections or ())) in FACTLESS and
+    return (action_of(task) in FACTLESS and
             module_loader.find_plugin('ansible.legacy.command') == module_loader.find_plugin('ansible.builtin.command'))
 
 
@@ -2784,10 +2788,9 @@ def tasks_in(blocks):
 # is ever run.
 def modules_of(task):
     with contextlib.suppress(Exception):
-        collections = tuple(task.collections or ())
-        action = action_module(task.action, collections)
+        action = action_of(task)
         names = MODULES_OF.get(action, [task.action] if action == 'ansible.plugins.action.normal' else [])
-        return [(name, collections) for name in names]
+        return [(name, tuple(task.collections or ())) for name in names]
     return []
 
 
@@ -3342,6 +3345,7 @@ class Broker:
             self.tables[head['toc']] = [toc] + digests
         self.answer(stream, REPLY, request, pack(dict(missing=missing)))
 
+    # head: tables, hashes of what the main thread foresees for the rest of its play (§6); it replaces the last word.
     def call_expect(self, stream, request, head, body):
         self.expected = [toc for toc in head['tables'] if toc in self.tables]
 
