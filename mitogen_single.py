@@ -57,9 +57,11 @@ Where does my line go?
     17 FILES            put, get
     18 RUNNER           run a command; run a module in a forked child
     19 MAIN             what an agent does from its first to its last line
+    ------------------- below the last fence: what is sent to those that need it
+    20 JOB              what an asynchronous task is
 
 Calls go down, answers come back up. §2-6 know Ansible's objects, §7-10 never import ansible, §12-19 import nothing
-but the standard library.
+but the standard library. §20 is a module among others.
 """
 # SPDX-License-Identifier: BSD-3-Clause
 
@@ -1716,7 +1718,7 @@ class AgentConnection(ConnectionBase):
                 command = Command(to_text(cmd), self._escalation, self._play_context.executable)
                 return carrier.run(command, in_data, sudoable)
         except NoAgent as e:
-            if isinstance(in_data, Payload):
+            if isinstance(in_data, Payload) or self._place and self._place.modules:
                 raise
             explain(self, e)
         return super().exec_command(cmd, in_data=in_data, sudoable=sudoable)
@@ -1817,21 +1819,25 @@ class Carrier:
             return None
 
     def run(self, command, in_data, sudoable):
-        account = self.account(command.escalated)
-        if not isinstance(in_data, Payload):
-            argv = command.argv or self.in_own_shell(command.plain)
-            head = dict(call='exec', argv=argv, cwd=self.cwd, tty=self.wants_tty(in_data, sudoable))
-            return self.collect(account, None, head, in_data or b'')
-        if in_data.fqn.endswith('.user'):
-            self.leave_account(account[0], in_data.params)
-        words, env = command.interpreter()
-        again = in_data.leaves_nothing() and self.option('mitogen_single_task_isolation') != 'fork'
+        account, place = self.account(command.escalated), self.connection._place
+        if isinstance(in_data, Payload):
+            return self.run_module(account, in_data, *command.interpreter())
+        if place and place.modules:
+            words, env = command.interpreter()
+            return self.run_module(account, *job_in(place, words), env)
+        argv = command.argv or self.in_own_shell(command.plain)
+        head = dict(call='exec', argv=argv, cwd=self.cwd, tty=self.wants_tty(in_data, sudoable))
+        return self.collect(account, None, head, in_data or b'')
+
+    def run_module(self, account, payload, words, env):
+        self.leave_account(account[0], payload.started or payload)
+        again = payload.leaves_nothing() and self.option('mitogen_single_task_isolation') != 'fork'
         around = dict(env=env, cwd=self.cwd, again=again)
         interpreter = self.connection._interpreter = interpreter_plan(account[-1], words, self.silence)
         try:
-            return self.collect(account, interpreter, dict(in_data.head(), **around), in_data.params)
+            return self.collect(account, interpreter, dict(payload.head(), **around), payload.params)
         except UnknownModule:
-            payload = in_data.rebuild()
+            payload = payload.rebuild()
             return self.collect(account, interpreter, dict(payload.head(), **around), payload.params)
 
     # A command without a shell of Ansible's, a raw one, is for the shell that the plugin gives it to: one word for the
@@ -1843,8 +1849,8 @@ class Carrier:
         return [shell, option, command] if option == '-c' else [command]
 
     # userdel refuses while an agent of ours runs as that user. Stock Ansible has no process left there by then.
-    def leave_account(self, login, params):
-        given = json.loads(params)['ANSIBLE_MODULE_ARGS']
+    def leave_account(self, login, module):
+        given = json.loads(module.params)['ANSIBLE_MODULE_ARGS'] if module.fqn.endswith('.user') else {}
         if given.get('state') == 'absent':
             with contextlib.suppress(NotConnected):
                 self.ask(dict(call='retire', to=[login.key], interpreter=None, name=str(given.get('name'))), b'')
@@ -2215,6 +2221,7 @@ class Place:
     is_made: bool = False   # a request was sent that has it made
     posted: list = dataclasses.field(default_factory=list)      # (Client, request, path) of files on their way
     route: list = None      # where they go
+    modules: dict = dataclasses.field(default_factory=dict)     # path -> Payload that Ansible takes for a file there
 
     def post(self, head, body):
         if self.posted and self.route != route_of(head):
@@ -2353,6 +2360,7 @@ class Payload(bytes):
     rlimit: int             # RLIMIT_NOFILE for it, or 0
     real_bytes: object      # () -> what Ansible would have sent without us
     rebuild: object         # () -> the same Payload, its sources offered to the broker once more
+    started: object = None  # the Payload that it starts and does not wait for
 
     # Whether the next one may follow in the same process.
     def leaves_nothing(self):
@@ -2472,6 +2480,10 @@ def parse_legacy_wrapper(text):
 
 def transferring_real_bytes(transfer_data):
     def patched_transfer(action, remote_path, data):
+        place = getattr(action._connection, '_place', None)
+        if isinstance(data, Payload) and place and remote_path.startswith(place.path + '/'):
+            place.modules[remote_path] = data
+            return remote_path
         return transfer_data(action, remote_path, data.real_bytes() if isinstance(data, Payload) else data)
     return patched_transfer
 
@@ -2519,10 +2531,63 @@ class Catalogue:
 
     def close(self):
         digests = {path: hashlib.sha1(data).hexdigest() for path, data in self.members.items()}
-        table = json.dumps(digests, sort_keys=True).encode()
-        toc = hashlib.sha1(table).hexdigest()
-        client().offer(toc, {toc: table, **{digests[path]: data for path, data in self.members.items()}})
+        toc = catalogued(digests, {digests[path]: data for path, data in self.members.items()})
         self.file.write(b'MITOGEN_SINGLE:' + toc.encode())
+
+
+_tables = {}            # hash of a table of contents -> the table, of those that this process has offered
+
+
+# -> hash of the table, once the broker has it and what it names
+def catalogued(digests, texts):
+    table = json.dumps(digests, sort_keys=True).encode()
+    toc = hashlib.sha1(table).hexdigest()
+    client().offer(toc, {toc: table, **texts})
+    _tables[toc] = digests
+    return toc
+
+
+# ---- asynchronous tasks
+# Ansible writes the module and its async_wrapper into files, and starts the one with the other: 400 ms of CPU on the
+# target. For us they are no files. The agent runs the module of §20 instead, which starts both from RAM.
+
+JOB = 'ansible.modules.mitogen_single_job'
+
+
+# `words`: the command with which Ansible starts async_wrapper. -> (Payload, words of the interpreter)
+def job_in(place, words):
+    modules, place.modules = place.modules, {}
+    start = next((n for n, word in enumerate(words) if word in modules), None)
+    if start is None:
+        raise NoAgent('a module was to be a file')
+    wrapper = modules.pop(words[start])
+    module = next((modules[word] for word in words[start:] if word in modules), None)
+    try:
+        return job_payload(wrapper, module, words[start:]), words[:start]
+    except UnknownModule:
+        return rebuilt_job(wrapper, module, words[start:]), words[:start]
+
+
+# No `module`: that one is a file, and no Python, which async_wrapper starts as it does in stock Ansible.
+def job_payload(wrapper, module, argv):
+    payload, text = Payload(), job_source()
+    digests = {'%s.py' % JOB.replace('.', '/'): hashlib.sha1(text).hexdigest()}
+    for part in filter(None, (wrapper, module)):
+        if part.toc not in _tables:
+            raise UnknownModule(part.toc)
+        digests.update(_tables[part.toc])
+    order = dict(argv=argv, wrapper=wrapper.fqn)
+    if module:
+        order.update(fqn=module.fqn, profile=module.profile, params=module.params.decode())
+    vars(payload).update(
+        toc=catalogued(digests, {hashlib.sha1(text).hexdigest(): text}), fqn=JOB, params=json.dumps(order).encode(),
+        profile=wrapper.profile, rlimit=wrapper.rlimit, started=module,
+        rebuild=functools.partial(rebuilt_job, wrapper, module, argv))
+    return payload
+
+
+def rebuilt_job(wrapper, module, argv):
+    return job_payload(wrapper.rebuild(), module and module.rebuild(), argv)
 
 
 # ---- what was found in an earlier run
@@ -3002,6 +3067,8 @@ class Client:
             missing = [toc]
             while missing:
                 for name in missing:
+                    if name not in blobs:
+                        raise UnknownModule(name)
                     self.send(BLOBS, request, pack_blobs([(bytes.fromhex(name), blobs[name])]))
                 self.send(CALL, request, pack(dict(call='offer', toc=toc)))
                 missing = unpack(self.receive(request)[1])[0]['missing']
@@ -3786,16 +3853,24 @@ class BecomeDialogue(Dialogue):
 # operators, and with its line numbers, so that a traceback from a target names the true line of this file.
 
 FENCE = '# ======== everything below this line is sent to targets'
+LAST_FENCE = '# ======== everything below this line is sent by itself'
 
 
 @functools.lru_cache(maxsize=None)
 def core():
-    source = inspect.getsource(sys.modules[__name__])
+    source = inspect.getsource(sys.modules[__name__]).partition('\n' + LAST_FENCE)[0]
     above, fence, below = source.partition('\n' + FENCE)
     text = re.sub(r'(?m)(^ *|  )#.*$', '', fence + below)
     text = re.sub(r'(?m)^ +', lambda found: ' ' * (len(found.group()) // 4), text)
     text = re.sub(r"('[^'\n]*')|(?<=\S) ?([=,:%+*/<>!|&-]+) (?=\S)", lambda found: found[1] or found[2], text)
     return zlib.compress(('\n' * above.count('\n') + text).encode('ascii'), 9)
+
+
+# The module of §20: its text up to the command line's, and a line that runs it.
+@functools.lru_cache(maxsize=None)
+def job_source():
+    source = inspect.getsource(sys.modules[__name__]).partition('\n' + LAST_FENCE)[2]
+    return (LAST_FENCE + source.rpartition('\nif __name__')[0] + '\nrun_job(_modlib_path)\n').encode('ascii')
 
 
 # Exit codes of what runs before the core does.
@@ -5890,6 +5965,107 @@ def farewell(agent):
         agent.loop.later(0.1, lambda: None)
         agent.loop.turn()
     os._exit(0)
+
+
+# ======== everything below this line is sent by itself, to targets that are to run it: same rules, no other section ===
+# 20 JOB ##############################################################################################################
+# An asynchronous task. Ansible's own async_wrapper detaches itself, writes the file of the job, and ends what has run
+# for too long. But the module that it starts is neither a file nor a new interpreter: it is a fork, and in RAM.
+import atexit
+import importlib
+import io
+import json
+import os
+import runpy
+import sys
+import threading
+import traceback
+
+
+# What the agent runs as a module, see job_payload(). Its parameters: {argv, wrapper[, fqn, profile, params]}.
+def run_job(root):
+    from ansible.module_utils import basic
+    order, starter = json.loads(basic._ANSIBLE_ARGS.decode('utf-8')), os.getpid()
+    sys.argv[:] = order['argv']
+    wrapper = importlib.import_module(order['wrapper'])
+    if 'fqn' in order:
+        wrapper.subprocess = Programs(order, root)
+        wrapper._get_interpreter = lambda path: None        # up to ansible-core 2.20
+    try:
+        wrapper.main()
+    finally:
+        if os.getpid() != starter:
+            os._exit(0)     # it was the job: the agent has its answer already
+
+
+# For async_wrapper, in the place of the subprocess module: the one program that it starts is the module.
+class Programs(object):
+    PIPE = None
+
+    def __init__(self, order, root):
+        self.order = order
+        self.root = root
+
+    def Popen(self, argv, text=False, **options):
+        (stdout, out), (stderr, err) = os.pipe(), os.pipe()
+        os.setpgid(0, 0)        # which is to be killed when time is over; async_wrapper does it, too, maybe too late
+        if not os.fork():
+            run_started(self.order, self.root, out, err)
+        os.close(out)
+        os.close(err)
+        return Started([open_text(fd) if text else os.fdopen(fd, 'rb') for fd in (stdout, stderr)])
+
+
+def open_text(fd):
+    return io.open(fd, encoding='utf-8', errors='surrogateescape')
+
+
+class Started(object):
+    def __init__(self, files):
+        self.files = files
+        self.texts = [None, None]
+
+    def communicate(self):
+        reader = threading.Thread(target=self.read, args=(1,))
+        reader.start()
+        self.read(0)
+        reader.join()
+        os.wait()
+        return self.texts
+
+    def read(self, n):
+        self.texts[n] = self.files[n].read()
+
+
+# In the fork, never returns: stdin at its end, no other files, and the end of an interpreter.
+def run_started(order, root, out, err):
+    for fd, number in ((os.open(os.devnull, os.O_RDONLY), 0), (out, 1), (err, 2)):
+        os.dup2(fd, number)
+    os.closerange(3, 256)
+    sys.argv[:] = order['argv'][-1:]
+    try:
+        run_from_ram(order['fqn'], order['params'].encode('utf-8'), order['profile'], root)
+    except SystemExit as e:
+        if not isinstance(e.code, (int, type(None))):
+            sys.stderr.write('%s\n' % (e.code,))
+    except BaseException:
+        traceback.print_exc()
+    finally:
+        threading._shutdown()
+        atexit._run_exitfuncs()
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(0)
+
+
+def run_from_ram(fqn, params, profile, root):
+    if profile:     # since ansible-core 2.19
+        from ansible.module_utils._internal._ansiballz import _loader
+        _loader.run_module(json_params=params, profile=profile, module_fqn=fqn, modlib_path=root, extensions={})
+    else:
+        from ansible.module_utils import basic
+        basic._ANSIBLE_ARGS = params
+        runpy.run_module(fqn, dict(_module_fqn=fqn, _modlib_path=root), '__main__', True)
 
 
 if __name__ == '__main__':

@@ -61,6 +61,7 @@ import getpass
 import glob
 import hashlib
 import io
+import itertools
 import json
 import os
 import pwd
@@ -1245,6 +1246,7 @@ def fresh_homes():
 # The invariants that keep the file readable, and fit to be sent.
 
 FENCE = '# ======== everything below this line is sent to targets'
+LAST_FENCE = '# ======== everything below this line is sent by itself'
 BANNER = re.compile(r'^# (\d+) ([A-Z][A-Z ]*?) #{20,}$', re.M)
 MAP_LINE = re.compile(r'^ +(\d+) +([A-Z]+(?: [A-Z]+)*)  +\S', re.M)
 ANSIBLE_FREE = ('CLIENT', 'BROKER', 'HOPS', 'SHIPPING', 'WIRE', 'LOOP', 'ROUTER', 'CHILDREN',
@@ -1270,10 +1272,16 @@ class Text(unittest.TestCase):
 
     def core(self):
         """What is sent, comments included; lines keep their numbers."""
+        return self.between(FENCE, LAST_FENCE)
+
+    def job(self):
+        return self.between(LAST_FENCE, 'if __name__ == ')
+
+    def between(self, *fences):
         lines = self.text.splitlines(True)
-        fences = [n for n, line in enumerate(lines) if line.startswith(FENCE)]
-        self.assertEqual(len(fences), 1, 'one fence')
-        return '\n' * fences[0] + ''.join(lines[fences[0]:])
+        first, last = [[n for n, line in enumerate(lines) if line.startswith(fence)] for fence in fences]
+        self.assertEqual((len(first), len(last)), (1, 1), fences)
+        return '\n' * first[0] + ''.join(lines[first[0]:last[0]])
 
     def sections(self):
         """{NOUN: text of the section}"""
@@ -1309,10 +1317,10 @@ class Text(unittest.TestCase):
         self.assertEqual(long, [])
 
     def test_core_is_ascii(self):
-        self.core().encode('ascii')
+        (self.core() + self.job()).encode('ascii')
 
     def test_core_has_no_docstrings_and_no_new_syntax(self):
-        for node in ast.walk(ast.parse(self.core())):
+        for node in itertools.chain(*[ast.walk(ast.parse(text)) for text in (self.core(), self.job())]):
             line = getattr(node, 'lineno', 0)
             self.assertNotIsInstance(node, ast.JoinedStr, 'f-string in line %d' % line)
             if isinstance(node, (ast.FunctionDef, ast.ClassDef, ast.Module)):
@@ -1333,11 +1341,10 @@ class Text(unittest.TestCase):
 
     def test_core_compiles_under_every_python(self):
         found = pythons()
-        source = self.core().encode()
-        for version in by_version(found):
+        for source, version in itertools.product((self.core(), self.job()), by_version(found)):
             with self.subTest(python=version):
                 sh(found[version], '-c', 'import sys; compile(sys.stdin.read(), "core", "exec")',
-                   input=source)
+                   input=source.encode())
 
     def test_core_imports_only_the_standard_library(self):
         for node in ast.walk(ast.parse(self.core())):
@@ -1361,10 +1368,11 @@ class Text(unittest.TestCase):
                 self.assertNotRegex(sections[noun], r'(?m)^\s*(import ansible|from ansible)')
 
     def test_free_names_of_the_core_are_known(self):
-        """Every name that the core reads is bound in it or built in: it cannot lean on the upper half."""
-        tree = ast.parse(self.core())
-        tree.body = [node for node in tree.body     # what runs only on the controller may
-                     if not (isinstance(node, ast.If) and '__main__' in ast.dump(node.test))]
+        """Every name that is read there is bound there or built in: it cannot lean on what is above."""
+        for text in (self.core(), self.job()):
+            self.assertEqual(self.free_names(ast.parse(text)), [])
+
+    def free_names(self, tree):
         bound = set(dir(__builtins__) if not isinstance(__builtins__, dict) else __builtins__)
         bound |= {'unicode', 'long', 'basestring', 'raw_input', 'xrange', 'execfile', 'unichr', 'reload',
                   '__file__', 'WindowsError'}
@@ -1382,7 +1390,7 @@ class Text(unittest.TestCase):
                 bound.add(node.name)
             elif isinstance(node, ast.Global):
                 bound |= set(node.names)
-        self.assertEqual(sorted(read - bound), [])
+        return sorted(read - bound)
 
     def test_messages_and_handlers_agree(self):
         """Whatever is called on_<name> in the agent handles a kind of frame, and each kind is used."""
@@ -3615,6 +3623,32 @@ STYLE_MODULES = {
 }
 
 
+TELLS = '''#!/usr/bin/python
+import atexit, os, sys
+from ansible.module_utils.basic import AnsibleModule
+module = AnsibleModule({'how': {}})
+how = module.params['how']
+if how == 'raise':
+    raise ValueError('how it ends')
+if how == 'words':
+    sys.exit('words')
+if how == 'nothing':
+    print('no JSON')
+    sys.exit(0)
+if how == 'junk':
+    print('in front of it')
+    atexit.register(print, 'behind it')
+mask = os.umask(0)
+with open('/proc/%d/cmdline' % os.getppid()) as file:
+    parent = file.read()
+module.exit_json(
+    how=how, cwd=os.getcwd(), mask=mask, where=os.environ['WHERE'], jobs=os.environ['ANSIBLE_ASYNC_DIR'], stdin=sys.stdin.read(),
+    files=os.listdir('/proc/self/fd'), leads=os.getpgrp() == os.getppid(),
+    tmpdir=os.path.isdir(module.tmpdir) if how == 'tmpdir' else None, uid=os.getuid(), is_file='async_wrapper' in parent,
+    arguments=len(sys.argv), name=__name__)
+'''
+
+
 class RealStyles(Real):
     every_core = OLDEST_CORE
 
@@ -3700,6 +3734,35 @@ class RealStyles(Real):
             # Who asks late enough, on a busy machine, sees the last one killed instead of running.
             without=('attempts', 'retries', 'msg', 'started', 'finished', 'stdout', 'stderr', 'child_pid',
                      'async_result', 'exception', 'stdout_lines', 'stderr_lines'), leftovers=False)
+
+    def test_what_becomes_of_jobs(self):
+        """How a job ends, what it finds around it, and that the module has become no file for it."""
+        ways = ['well', 'junk', 'nothing', 'raise', 'words', 'tmpdir']
+        book = tasks(
+            '{name: start, tells: {how: "{{ item }}"}, async: 30, poll: 0, loop: %s, register: jobs}' % json.dumps(ways),
+            '{name: start binary, binary: {text: given}, async: 30, poll: 0, register: binary}',
+            '{name: start escalated, tells: {how: well}, async: 30, poll: 0, become: true, register: escalated}',
+            'command: sleep 4',
+            '{name: status, async_status: {jid: "{{ item.ansible_job_id }}"}, loop: "{{ jobs.results + [binary] }}", '
+            'loop_control: {label: x}, ignore_errors: true, register: ends}',
+            '{name: end escalated, async_status: {jid: "{{ escalated.ansible_job_id }}"}, become: true}',
+            '{name: tidy, file: {path: "{{ item }}/jobs", state: absent}, become: true, loop: [OUT, "~root"]}',
+            '{name: what is left, find: {paths: ~/.ansible/tmp, file_type: any}}').replace('OUT', self.out)
+        files = dict(STYLE_MODULES, **{'library/tells.py': TELLS})
+        varies = 'ansible_job_id', 'results_file', 'exception', 'item', 'cmd', 'is_file', 'msg', 'stderr', 'stderr_lines', 'invocation', 'leads'
+        stock, ours = self.compare(book.replace('  tasks:', '  environment: {WHERE: there}\n  vars: {ansible_async_dir: '
+                                                '"{{ ansible_become | default(0) | ternary(\'~root\', \'%s\') }}/jobs"}\n'
+                                                '  tasks:' % self.out), files=files, leftovers=False,
+                                   pipelining=True, without=varies + ('results', 'start', 'end', 'delta'))
+        told = []
+        for play, is_file in ((stock, True), (ours, not self.ours)):
+            ends = [end for end in play.result('status')['results']]
+            self.assertEqual([end.pop('is_file', None) for end in ends[:2]], [is_file] * 2, ends)
+            self.assertTrue(is_file or all(end['leads'] for end in ends[:2]), ends)     # in stock by chance
+            self.assertIn('how it ends', ends[3].get('msg', '') + ends[3].get('stderr', ''))
+            self.assertEqual(ends[4]['stderr'], 'words\n')
+            told.append([{key: value for key, value in end.items() if key not in varies} for end in ends])
+        self.assertEqual(*told)
 
     @newest
     def test_async_outlives_the_play(self):
