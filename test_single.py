@@ -3623,7 +3623,7 @@ STYLE_MODULES = {
 }
 
 
-TELLS = '''#!/usr/bin/python
+SURROUNDINGS = '''#!/usr/bin/python
 import atexit, os, sys
 from ansible.module_utils.basic import AnsibleModule
 module = AnsibleModule({'how': {}})
@@ -3748,7 +3748,7 @@ class RealStyles(Real):
             '{name: end escalated, async_status: {jid: "{{ escalated.ansible_job_id }}"}, become: true}',
             '{name: tidy, file: {path: "{{ item }}/jobs", state: absent}, become: true, loop: [OUT, "~root"]}',
             '{name: what is left, find: {paths: ~/.ansible/tmp, file_type: any}}').replace('OUT', self.out)
-        files = dict(STYLE_MODULES, **{'library/tells.py': TELLS})
+        files = dict(STYLE_MODULES, **{'library/tells.py': SURROUNDINGS})
         varies = 'ansible_job_id', 'results_file', 'exception', 'item', 'cmd', 'is_file', 'msg', 'stderr', 'stderr_lines', 'invocation', 'leads'
         stock, ours = self.compare(book.replace('  tasks:', '  environment: {WHERE: there}\n  vars: {ansible_async_dir: '
                                                 '"{{ ansible_become | default(0) | ternary(\'~root\', \'%s\') }}/jobs"}\n'
