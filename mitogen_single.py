@@ -1754,7 +1754,11 @@ class AgentConnection(ConnectionBase):
         if 'ssh_args' in self._options:
             options['ssh_args'] = ssh_settings(self)
         with temporary_files_in(C.DEFAULT_LOCAL_TMP):
-            return caught(self, super().exec_command, command, options)
+            argv, cwd, env = caught(self, super().exec_command, command, options)
+        # A terminal that its arguments ask for, for some sudo to see, would garble the data. Our sudo has its own.
+        if getattr(self, '_is_tty_requested', bool)():
+            argv[-2:-2] = ['-T']
+        return argv, cwd, env
 
 
 # Whether it is for us to compress what shrinks. Who sets ssh_args decides that, too.
@@ -2140,9 +2144,6 @@ def identity_of(connection):
     known = (type(connection), repr(connection._options), context.remote_addr, context.remote_user, context.port,
              context.password, context.private_key_file, context.timeout, context.executable)
     if known not in _identities:
-        # Not with a tty under the data, which it would garble: stock Ansible gives up pipelining for that reason.
-        if getattr(connection, '_is_tty_requested', bool)():
-            raise NoAgent('its arguments ask for a terminal')
         argv, cwd, env = connection.agent_argv(PLACEHOLDER)
         _identities[known] = [content_of(word) for word in argv], cwd, env
     return _identities[known]
@@ -3698,11 +3699,15 @@ def password_of(connection):
 def become_plan(parent, plugin, build, shell, executable, patience, cwd):
     identity = build(PLACEHOLDER, shell).replace(plugin._id or '\0', '')
     password = plugin.get_option('become_pass')
+    terminal = getattr(plugin, 'require_tty', False)
 
     def spec(candidates):
-        command = build(bootstrap(candidates, False), shell)
-        return dict(argv=[executable, '-c', command], cwd=cwd, mark=MARK, eager=not plugin.expect_prompt(),
-                    patience=patience)
+        command = build(bootstrap(candidates, False, terminal), shell)
+        if terminal:
+            command = '"/proc/$PPID/exe" -c %s | %s -c %s' % (
+                shlex.quote(ESCAPING), shlex.quote(executable), shlex.quote(command))
+        return dict(argv=[executable, '-c', command], cwd=cwd, mark=MARK, patience=patience,
+                    eager=not plugin.expect_prompt() and not terminal)
 
     return Plan('become', digest(parent.key, identity, password), parent.key, spec,
                 functools.partial(BecomeDialogue, plugin, password))
@@ -3877,23 +3882,37 @@ def job_source():
 NO_PYTHON = 97
 NO_PIPE = 98
 
+# Behind machinectl, and run0 up to systemd 256, stdin is a terminal whatever we do. The new agent can ask for its bytes
+# as they are; but three times 0x1D in a row asks machinectl to leave. So that byte travels as two others: what runs in
+# front of such a program, and what runs behind it, beside the agent, as a part of the first stage below.
+ESCAPING = ('import os\nwhile 1:\n d=os.read(0,65536)\n if not d:break\n'
+            ' d=d.replace(b"\\x1e",b"\\x1e0").replace(b"\\x1d",b"\\x1e1")\n while d:d=d[os.write(1,d):]')
+UNESCAPING = ('import os,select,tty\\nif os.isatty(0):tty.setraw(0)\\nif os.isatty(2):os.dup2(os.open("/dev/null",1),2)'
+              '\\nr,p=os.pipe()\\nif not os.fork():\\n os.close(r)\\n q=select.poll()\\n q.register(0,1)\\n'
+              ' q.register(p,0)\\n e=b""\\n while 1:\\n  if p in dict(q.poll()):os._exit(0)\\n'
+              '  try:d=os.read(0,65536)\\n  except OSError:d=b""\\n  if not d:os._exit(0)\\n  e+=d\\n'
+              '  n=len(e)-e.endswith(b"\\x1e")\\n'
+              '  d=e[:n].replace(b"\\x1e1",b"\\x1d").replace(b"\\x1e0",b"\\x1e")\\n  e=e[n:]\\n'
+              '  while d:d=d[os.write(p,d):]\\nos.dup2(r,0)\\nos.close(r)\\nos.close(p)\\n')
+
+
 # What Python runs first: say that it is there, read the core, run it. Not from a terminal, which garbles what is not
 # text. One line without a quote or an exclamation mark that a login shell could take for its own.
-def first_stage(squeeze):
+def first_stage(squeeze, terminal=False):
     code = ('import os,zlib\\nw=os.write\\nd=b""\\ndef no(why):w(2,b"stdin is "+why);os._exit({no_pipe})\\n'
             'if os.isatty(0):no(b"a terminal")\\nw(1,b"{mark}")\\nwhile len(d)<{size}:\\n'
             ' c=os.read(0,{size}-len(d))\\n if not c:no(b"empty")\\n d+=c\\ng=dict(__name__="mitogen_single")\\n'
             'exec(compile(zlib.decompress(d),"mitogen_single.py","exec"),g)\\ng["main"](d,{squeeze})')
     code = code.format(mark=MARK, size=len(core()), squeeze=bool(squeeze), no_pipe=NO_PIPE)
-    return "exec('%s')" % code
+    return "exec('%s%s')" % (UNESCAPING if terminal else '', code)
 
 
 # What /bin/sh runs before that: the first of these interpreters that is there and starts, which pyenv's stand-in for
 # one that is not installed does not. To ask costs 1 ms.
-def bootstrap(candidates, squeeze):
+def bootstrap(candidates, squeeze, terminal=False):
     names = ' '.join(shlex.quote(name) for name in candidates)
     return ('for p in %s; do p=`command -v "$p"` && "$p" -V </dev/null >/dev/null 2>&1 && exec "$p" -c %s; done; '
-            'echo no Python found >&2; exit %d' % (names, shlex.quote(first_stage(squeeze)), NO_PYTHON))
+            'echo no Python found >&2; exit %d' % (names, shlex.quote(first_stage(squeeze, terminal)), NO_PYTHON))
 
 
 # 11 COMMAND LINE #####################################################################################################
@@ -5776,6 +5795,7 @@ def purge(finder):
 # In the child of a fork, never returns: become what a module expects to be, with nothing left of the agent, and do what
 # the wrapper does that Ansible would have sent. Then end, or wait for the next order.
 def run_spare(agent, importer, order, stdout, stderr, report):
+    before = None
     try:
         os.setsid()
         reset_signals()
@@ -5784,7 +5804,7 @@ def run_spare(agent, importer, order, stdout, stderr, report):
         for fd, number in ((os.open(os.devnull, os.O_RDONLY), 0), (stdout, 1), (stderr, 2)):
             os.dup2(fd, number)
         close_fds(order, private(report, blocking=True))
-        orders, before = os.fdopen(order, 'rb'), None
+        orders = os.fdopen(order, 'rb')
         while True:
             size = orders.read(4)
             if not size:
@@ -5792,6 +5812,8 @@ def run_spare(agent, importer, order, stdout, stderr, report):
             head, params = unpack(orders.read(struct.unpack('>I', size)[0]))
             importer.table = agent.store.table(head['toc'])
             before = head['again'] and HAS_PROC and (before or Before(importer.loaded))
+            if not before:
+                close_fds()     # which the module might find and take for its own; its end says enough
             code = wind_up(run_module(agent, importer, head, params), not before)
             if code or not before:
                 break
@@ -5801,12 +5823,14 @@ def run_spare(agent, importer, order, stdout, stderr, report):
         import traceback
         traceback.print_exc()
         code = wind_up(1, True)
-    os.write(report, struct.pack('B', code))
+    if before:
+        os.write(report, struct.pack('B', code))
     os._exit(code)
 
 
 # -> exit code, or what Python makes one of
 def run_module(agent, importer, head, params):
+    import random
     root = importer.store.root
     os.environ.update(native(head['env']))
     enter(head.get('cwd') or agent.cwd)
@@ -5814,6 +5838,7 @@ def run_module(agent, importer, head, params):
         import resource
         hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
         resource.setrlimit(resource.RLIMIT_NOFILE, (min(hard, head['rlimit']), hard))
+    random.seed()       # which a fork inherits, up to Python 3.6
     sys.executable = head['interpreter'][0]
     sys.argv[:] = ['']
     sys.path[:] = [root] + [p for p in sys.path if p not in ('', '.')]
