@@ -3885,7 +3885,8 @@ NO_PIPE = 98
 # Behind machinectl, and run0 up to systemd 256, stdin is a terminal whatever we do. The new agent can ask for its bytes
 # as they are; but three times 0x1D in a row asks machinectl to leave. So that byte travels as two others: what runs in
 # front of such a program, and what runs behind it, beside the agent, as a part of the first stage below.
-ESCAPING = ('import os\nwhile 1:\n d=os.read(0,65536)\n if not d:break\n'
+ESCAPING = ('import os,select\nq=select.poll()\nq.register(0,1)\nq.register(1,0)\nwhile not 1 in dict(q.poll()):\n'
+            ' d=os.read(0,65536)\n if not d:break\n'
             ' d=d.replace(b"\\x1e",b"\\x1e0").replace(b"\\x1d",b"\\x1e1")\n while d:d=d[os.write(1,d):]')
 UNESCAPING = ('import os,select,tty\\nif os.isatty(0):tty.setraw(0)\\nif os.isatty(2):os.dup2(os.open("/dev/null",1),2)'
               '\\nr,p=os.pipe()\\nif not os.fork():\\n os.close(r)\\n q=select.poll()\\n q.register(0,1)\\n'

@@ -2760,6 +2760,39 @@ command = ['sudo', '-n', '-u', user] + command if name != 'podman' else command
 os.execvp(command[0], command)
 '''
 PROMPTING = 'dzdo pbrun ksu pmrun sesu'.split()
+
+# machinectl, and run0 of systemd 256: ask on the terminal, put one of their own under the data, are left by 0x1D three
+# times in a row, do not wait for what runs in them when their stdin ends, and know no exit code of it.
+FAKE_TERMINAL = '''#!/usr/bin/python3
+import getpass, os, pty, sys, threading
+words = sys.argv[1:]
+user = next(word.strip('@').rpartition('=')[2] for word in words if word[-1:] == '@' or word[:7] == '--user=')
+if sys.argv[0].endswith('machinectl'):      # Ansible knows no password for run0
+    print('==== AUTHENTICATING FOR org.freedesktop ====', file=open('/dev/tty', 'w'))
+    if getpass.getpass('Password: ') != 'PASSWORD':
+        sys.exit('==== AUTHENTICATION FAILED ====')
+    print('==== AUTHENTICATION COMPLETE ====', file=open('/dev/tty', 'w'))
+pid, master = pty.fork()
+if not pid:
+    os.execvp('sudo', ['sudo', '-n', '-H', '-u', user or 'root'] + words[words.index('/bin/sh'):])
+
+def copy(source, target):
+    seen = b''
+    while True:
+        try:
+            data = os.read(source, 4096)
+        except OSError:
+            break
+        seen = seen[-2:] + data
+        if not data or b'\\x1d' * 3 in seen and source == 0:
+            break
+        while data:
+            data = data[os.write(target, data):]
+    os._exit(0)
+
+threading.Thread(target=copy, args=(0, master)).start()
+copy(master, 1)
+'''
 SESAME = OWN_BECOME.replace('mybecome', 'sesame').replace('''
             super()''', '''
             self.prompt = 'Who'
@@ -2851,13 +2884,13 @@ class RealBecome(Real):
                      sudos={'root': 1, 'msapp': 1},
                      env={'ANSIBLE_BECOME_PLUGINS': 'become_plugins'})
 
-    def by_method(self, methods, **more):
-        """A host for each become plugin whose program FAKE_BECOME is."""
+    def by_method(self, methods, fake=FAKE_BECOME, **more):
+        """A host for each become plugin whose program is `fake`."""
         hosts = {}
         os.makedirs(LAB.path('become'), exist_ok=True)
         for method in methods:
             program = method.rpartition('.')[2]
-            LAB.write('become/' + program, FAKE_BECOME.replace('PASSWORD', LAB.password))
+            LAB.write('become/' + program, fake.replace('PASSWORD', LAB.password))
             os.chmod(LAB.path('become', program), 0o755)
             hosts[program] = dict({'ansible_become': True, 'ansible_become_method': method,
                                    'ansible_become_exe': LAB.path('become', program),
@@ -2878,6 +2911,39 @@ class RealBecome(Real):
         stock, ours = self.compare(tasks('command: id -un', 'stat: {path: /etc/hostname}'), args=['-v'],
                                    hosts=self.by_method(self.METHODS), pipelining=False, **self.OWN)
         self.assertNotIn('stock Ansible runs this', ours.out)
+
+    @newest
+    def test_terminals_under_the_data(self):
+        """Any byte gets through, there and back, also by an ssh that was told to make a terminal, too."""
+        self.needs_collections()
+        env = {'ANSIBLE_SSH_EXTRA_ARGS': '-tt'}     # on which stock Ansible insists, for these
+        hosts = self.by_method(['community.general.machinectl', 'community.general.run0'], FAKE_TERMINAL)
+        ends = b'\x1d' * 70000 + bytes(range(256)) * 300 + b'\x1d\x1d\x1e\x1d1\x1e0\x1e' * 9000
+        book = self.book(tasks(
+            'command: id -un', '{name: fails, command: /bin/false, ignore_errors: true}',
+            '{file: {path: OUT, state: directory, mode: "0777"}, vars: {ansible_become: false}, run_once: true}',
+            'copy: {src: ends, dest: "OUT/{{ inventory_hostname }}", mode: "0644"}',
+            'fetch: {src: "OUT/{{ inventory_hostname }}", dest: "back/{{ inventory_hostname }}", flat: true}',
+            'command: head -c 70128 OUT/{{ inventory_hostname }}',
+            '{command: "echo {{ item }}", loop: [1, 2]}'))
+        stock, ours = self.compare(book, hosts=hosts, env=env, files={'ends': ends}, args=['-v'], pipelining=False,
+                                   logins={'mslab': 1}, without=('stderr', 'stderr_lines'))
+        self.assertNotIn('stock Ansible runs this', ours.out)
+        for name in hosts:
+            with open(os.path.join(ours.dir, 'back', name), 'rb') as file:
+                self.assertEqual(file.read(), ends)
+        hosts['machinectl']['ansible_become_password'] = 'nonsense'
+        self.compare(tasks('{command: id -un, ignore_errors: true}'), env=env, pipelining=False, without=TEXTS, hosts=hosts)
+
+    @newest
+    def test_agent_behind_a_terminal_is_killed(self):
+        self.needs_collections()
+        self.needs_plugin()
+        hosts = self.by_method(['community.general.machinectl'], FAKE_TERMINAL)
+        play = self.run_ours(tasks('{name: dies, shell: "sleep 0.2; kill -9 $(ps -o ppid= $PPID)", ignore_unreachable: true}',
+                                   '{name: again, command: id -un}'), hosts=hosts, env={'ANSIBLE_SSH_EXTRA_ARGS': '-tt'})
+        self.assertEqual(play.status('dies', 'machinectl'), 'unreachable', play.tail())
+        self.assertEqual(play.result('again', 'machinectl')['stdout'], 'msapp')
 
     @newest
     def test_wrong_passwords(self):
@@ -3412,7 +3478,7 @@ TELLS = '''
 
 
 class RealCache(Real):
-    every_core = True
+    every_core = TELLING_CORES
 
     def setUp(self):
         super().setUp()
@@ -3772,6 +3838,7 @@ class RealStyles(Real):
                      args=['-b', '--become-user', 'msapp'],
                      without=('stderr', 'stderr_lines'))
 
+    @newest
     def test_async(self):
         self.compare(tasks(
             # Slow enough, and asked seldom enough, that both are asked as often.
