@@ -374,6 +374,9 @@ if __name__ != '__main__':
                         % (__file__, at_work.__version__, at_work.__file__))
     if '.plugins.strategy.' not in __name__:
         strategy_loader.get = at_work.carried_strategy
+    # Asked for by their full names Ansible would load them a second time, and we have changed and know these.
+    for known in (copy_action, fetch_action, ssh_plugin):
+        sys.modules.setdefault(known.__name__.replace('ansible.', 'ansible_collections.ansible.builtin.', 1), known)
 
 
 # 3 PATCHES ###########################################################################################################
@@ -567,13 +570,20 @@ def action_module(action, collections):
     if module.resolved and module.action_plugin or action.rpartition('.')[2].split('_')[0] in C.NETWORK_GROUP_MODULES:
         return None
     if action_loader.has_plugin(action, collection_list=list(collections)):
-        return action_loader.get(action, class_only=True, collection_list=list(collections)).__module__
-    return action_loader.get('ansible.legacy.normal', class_only=True).__module__
+        return source_of(action_loader.get(action, class_only=True, collection_list=list(collections)))
+    return source_of(action_loader.get('ansible.legacy.normal', class_only=True))
 
 
 @functools.lru_cache(maxsize=None)
 def connection_module(name):
-    return getattr(load_class(connection_loader, 'ssh' if name == 'smart' else name), '__module__', None)
+    plugin = load_class(connection_loader, 'ssh' if name == 'smart' else name)
+    return source_of(plugin) if plugin else None
+
+
+# The module that a plugin's class comes from, which for one of Ansible's own has another name where it was first asked
+# for by its full one, as ansible.builtin.copy.
+def source_of(plugin):
+    return plugin.__module__.replace('ansible_collections.ansible.builtin.plugins.', 'ansible.plugins.', 1)
 
 
 # What a fork would have copied, and a worker changes.
@@ -1101,8 +1111,8 @@ def asking_lookups_apart(get):
     def patched_get(*args, **kwargs):
         plugin = get(*args, **kwargs)
         if isinstance(plugin, LookupBase) and _local.worker:
-            if type(plugin).__module__ not in REVIEWED:
-                plugin.run = in_a_process(type(plugin).__module__, plugin.run)
+            if source_of(type(plugin)) not in REVIEWED:
+                plugin.run = in_a_process(source_of(type(plugin)), plugin.run)
         return plugin
     return patched_get
 
@@ -2273,7 +2283,7 @@ def making_tmp_path(make_tmp_path):
 def place_for(action):
     connection = action._connection
     if (not has_own_files(connection) or connection._wants_files or C.DEFAULT_KEEP_REMOTE_FILES
-            or type(action).__module__ not in REVIEWED):
+            or source_of(type(action)) not in REVIEWED):
         return None
     base = action.get_shell_option('remote_tmp', default='~/.ansible/tmp').rstrip('/')
     if action._is_become_unprivileged():
@@ -2572,7 +2582,8 @@ def job_in(place, words):
 # No `module`: that one is a file, and no Python, which async_wrapper starts as it does in stock Ansible.
 def job_payload(wrapper, module, argv):
     payload, text = Payload(), job_source()
-    digests = {'%s.py' % JOB.replace('.', '/'): hashlib.sha1(text).hexdigest()}
+    name = hashlib.sha1(text).hexdigest()
+    digests = {'%s.py' % JOB.replace('.', '/'): name}
     for part in filter(None, (wrapper, module)):
         if part.toc not in _tables:
             raise UnknownModule(part.toc)
@@ -2581,9 +2592,8 @@ def job_payload(wrapper, module, argv):
     if module:
         order.update(fqn=module.fqn, profile=module.profile, params=module.params.decode())
     vars(payload).update(
-        toc=catalogued(digests, {hashlib.sha1(text).hexdigest(): text}), fqn=JOB, params=json.dumps(order).encode(),
-        profile=wrapper.profile, rlimit=wrapper.rlimit, started=module,
-        rebuild=functools.partial(rebuilt_job, wrapper, module, argv))
+        toc=catalogued(digests, {name: text}), fqn=JOB, params=json.dumps(order).encode(), profile=wrapper.profile,
+        rlimit=wrapper.rlimit, started=module, rebuild=functools.partial(rebuilt_job, wrapper, module, argv))
     return payload
 
 
@@ -5996,7 +6006,8 @@ def farewell(agent):
 # ======== everything below this line is sent by itself, to targets that are to run it: same rules, no other section ===
 # 20 JOB ##############################################################################################################
 # An asynchronous task. Ansible's own async_wrapper detaches itself, writes the file of the job, and ends what has run
-# for too long. But the module that it starts is neither a file nor a new interpreter: it is a fork, and in RAM.
+# for too long. But the module that it starts is neither a file nor a new interpreter: it is a fork, and in RAM. It runs
+# as a module itself, so the runner is out of its reach, and how a module begins and ends stands here in short.
 import atexit
 import importlib
 import io

@@ -2918,13 +2918,13 @@ class RealBecome(Real):
         self.needs_collections()
         env = {'ANSIBLE_SSH_EXTRA_ARGS': '-tt'}     # on which stock Ansible insists, for these
         hosts = self.by_method(['community.general.machinectl', 'community.general.run0'], FAKE_TERMINAL)
-        ends = b'\x1d' * 70000 + bytes(range(256)) * 300 + b'\x1d\x1d\x1e\x1d1\x1e0\x1e' * 9000
+        # What could be compressed would be, and nothing of it be seen.
+        ends = b''.join(os.urandom(300) + b'\x1d\x1d\x1d\x1e\x1d1\x1e0\x1e' for n in range(1000)) + bytes(range(256))
         book = self.book(tasks(
             'command: id -un', '{name: fails, command: /bin/false, ignore_errors: true}',
             '{file: {path: OUT, state: directory, mode: "0777"}, vars: {ansible_become: false}, run_once: true}',
             'copy: {src: ends, dest: "OUT/{{ inventory_hostname }}", mode: "0644"}',
             'fetch: {src: "OUT/{{ inventory_hostname }}", dest: "back/{{ inventory_hostname }}", flat: true}',
-            'command: head -c 70128 OUT/{{ inventory_hostname }}',
             '{command: "echo {{ item }}", loop: [1, 2]}'))
         stock, ours = self.compare(book, hosts=hosts, env=env, files={'ends': ends}, args=['-v'], pipelining=False,
                                    logins={'mslab': 1}, without=('stderr', 'stderr_lines'))
@@ -3273,6 +3273,28 @@ OBSERVES = '''
 '''
 
 
+# Of Ansible's own plugins, by their short and by their full names: the same, whichever comes first.
+FULL_NAMES = '''
+import sys
+from ansible.plugins.loader import action_loader, connection_loader, init_plugin_loader
+init_plugin_loader([])
+import mitogen_single as ms
+
+actions = 'command shell copy template fetch stat file slurp ping set_fact debug'.split()
+for name in [prefix + name for prefix in sys.argv[1:] for name in actions]:
+    short = 'ansible.plugins.action.' + name.rpartition('.')[2]
+    assert ms.action_module(name, ()) in (short, 'ansible.plugins.action.normal'), ms.action_module(name, ())
+    assert ms.action_module(name, ()) in ms.REVIEWED, name
+for name in [prefix + name for prefix in sys.argv[1:] for name in ('ssh', 'local')]:
+    assert ms.connection_module(name) in ms.REVIEWED, name
+    assert name[-3:] != 'ssh' or connection_loader.get(name, class_only=True) is ms.ssh_plugin.Connection
+for name in ('copy', 'fetch'):
+    assert sys.modules[action_loader.get('ansible.builtin.' + name, class_only=True).__module__] is (
+        ms.copy_action if name == 'copy' else ms.fetch_action)
+print('same')
+'''
+
+
 class RealModules(Real):
     every_core = OLDEST_CORE
     pipelining = True
@@ -3436,6 +3458,11 @@ class RealModules(Real):
         stock, ours = self.compare(tasks('shadow:'), files={
             'library/shadow.py': module, 'module_utils/extra.py': 'WORD = "changed"\n'})
         self.assertEqual(ours.result('shadow')['word'], 'changed')
+
+    def test_full_names(self):
+        python = os.path.join(venv(self.core), 'bin', 'python')
+        for prefixes in (['ansible.builtin.', ''], ['', 'ansible.builtin.'], ['ansible.legacy.', 'ansible.builtin.', '']):
+            self.assertEqual(sh(python, '-B', '-c', FULL_NAMES, *prefixes, cwd=HERE), 'same\n')
 
     @newest
     def test_connection_by_full_name(self):
