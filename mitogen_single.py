@@ -1846,8 +1846,9 @@ class Carrier:
     def run_module(self, account, payload, words, env):
         self.leave_account(account[0], payload.started or payload)
         again = payload.leaves_nothing() and self.option('mitogen_single_task_isolation') != 'fork'
+        early, env = at_start(env)
         around = dict(env=env, cwd=self.cwd, again=again)
-        interpreter = self.connection._interpreter = interpreter_plan(account[-1], words, self.silence)
+        interpreter = self.connection._interpreter = interpreter_plan(account[-1], early + words, self.silence)
         try:
             return self.collect(account, interpreter, dict(payload.head(), **around), payload.params)
         except UnknownModule:
@@ -2217,6 +2218,15 @@ class Command:
             name, value = words.pop(0).split('=', 1)
             env[name] = value
         return words, env
+
+
+# What Python, and the loader in front of it, look at when a process starts, and never again: PYTHONPATH and
+# LD_LIBRARY_PATH come too late for an agent that runs already. So there is another one for such an environment.
+# -> the words to start it with, the rest of the environment
+def at_start(env):
+    early = [name for name in sorted(env) if re.match('PYTHON|LD_|GLIBC_|LC_|(LANG|TZ|HOME)$', name)]
+    words = ['env'] * bool(early) + ['%s=%s' % (name, env[name]) for name in early]
+    return words, {name: value for name, value in env.items() if name not in early}
 
 
 # ---- the temporary directory of a task
@@ -3513,6 +3523,8 @@ class Broker:
             return self.fail(stream, request, 'closed', 'not connected')
         if 'toc' in head and head['toc'] not in self.tables:
             return self.fail(stream, request, 'toc', 'sources unknown')
+        if len(head['interpreter'] or ()) > 1:      # those start a Python, which knows what it is called
+            head['interpreter'] = [link.hello.get('executable')]
         self.use(stream, link)
         ours = next(self.serial)
         self.requests[ours] = Request(stream, request, link)

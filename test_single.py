@@ -3,7 +3,7 @@ The tests and the benchmark of mitogen_single.py.
 
     python3 test_single.py                      all tests, on the newest ansible-core
     python3 test_single.py --matrix             ... and what depends on Ansible on older ones, some on all of them
-    python3 test_single.py --slow               ... and those that move gigabytes
+    python3 test_single.py --slow               ... and those that take gigabytes, hours or the network
     python3 test_single.py -k PATTERN           those whose name matches
     python3 test_single.py RealFiles.test_copy  plain unittest names work too
     python3 test_single.py bench [WORKLOAD ...] [--runs N] [--engines stock,mitogen,plugin]
@@ -1133,6 +1133,10 @@ class Real(unittest.TestCase):
         if not ROOT:
             self.skipTest(without_root())
 
+    def needs_slow(self, why):
+        if not os.environ.get('MITOGEN_SINGLE_TEST_SLOW'):
+            self.skipTest('slow: %s, needs --slow' % why)
+
     def needs_plugin(self, why='this is a promise of the plugin alone'):
         if not self.ours:
             self.skipTest('engine is stock: %s' % why)
@@ -1251,6 +1255,24 @@ BANNER = re.compile(r'^# (\d+) ([A-Z][A-Z ]*?) #{20,}$', re.M)
 MAP_LINE = re.compile(r'^ +(\d+) +([A-Z]+(?: [A-Z]+)*)  +\S', re.M)
 ANSIBLE_FREE = ('CLIENT', 'BROKER', 'HOPS', 'SHIPPING', 'WIRE', 'LOOP', 'ROUTER', 'CHILDREN',
                 'IMPORTER', 'FILES', 'RUNNER', 'MAIN')
+
+
+# What README.rst says under Security, clause by clause, and the tests that would fail if it were not so.
+PROMISES = {
+    'An agent has the rights of the account that it runs as, and leaves nothing there but an empty ``~/.ansible/tmp``.':
+        'RealModules.test_surroundings RealWorld.test_same_results_one_connection_one_sudo_per_account',
+    'Nothing that a target sends is unpickled, evaluated or used as a path on the controller, and an answer counts only '
+    'for what its agent was asked;': 'PipeGarbage.test_a_hostile_target_harms_nobody_else',
+    'a host on the way speaks for those behind it.': 'PipeGarbage.test_a_hostile_target_harms_nobody_else',
+    'Passwords go to the terminal or pipe that asks for them, nowhere else.':
+        'RealSsh.test_password_is_nowhere',
+    'The broker listens nowhere: workers inherit their sockets.': 'RealLeftovers.test_has_no_door',
+    'However ansible-playbook ends, the broker sees it within a second;':
+        'RealLeftovers.test_killed RealLeftovers.test_terminated RealLeftovers.test_ctrl_c_at_any_moment',
+    'agents end with their connection.': 'RealFailures.test_ssh_killed RealFailures.test_broker_killed',
+    "A module's files are kept as paths and hashes in ``~/.ansible/mitogen_single_cache``, private and checked.":
+        'RealCache.test_is_used_while_it_is_private RealCache.test_broken_entries_are_replaced RealCache.test_is_never_stale',
+    '``git log`` names whom to tell of a hole, in private.': ''}
 
 
 def shortened(core):
@@ -1436,6 +1458,14 @@ class Text(unittest.TestCase):
             self.assertRegex(self.text, r"['\"]%s['\"]" % command)
         for workload in re.findall(r'test_single\.py bench ((?:\w+ ?)+)', text):
             self.assertLessEqual(set(workload.split()), set(WORKLOADS))
+
+    def test_each_promise_of_security_has_its_test(self):
+        with open(os.path.join(HERE, 'README.rst'), encoding='utf-8') as file:
+            section = re.search(r'\nSecurity\n-+\n\n(.*?)\n\n\n', file.read(), re.S)[1]
+        self.assertEqual(re.findall(r'\S.*?[.;](?= |$)', section.replace('\n', ' ')), list(PROMISES))
+        for name in ' '.join(PROMISES.values()).split():
+            case, method = name.split('.')
+            self.assertTrue(hasattr(globals()[case], method), name)
 
     def test_repository_is_what_it_says(self):
         if not os.path.isdir(os.path.join(HERE, '.git')):
@@ -1785,6 +1815,12 @@ GARBAGE = r'''
 import json, os, random, resource, socket, struct, sys, zlib
 import mitogen_single as ms
 
+# What a program can do with what it was told, by the names of Python's audit events.
+DEEDS = ('exec', 'compile', 'import', 'open', 'pickle.', 'marshal.', 'subprocess.', 'os.', 'shutil.', 'ctypes.', 'socket.')
+deeds = []
+listening = False
+sys.addaudithook(lambda name, args: listening and name.startswith(DEEDS) and deeds.append((name, args)))
+
 class Garbage:
     def __init__(self, number):
         self.random = random.Random(number)
@@ -1850,7 +1886,8 @@ class Garbage:
         bad = self.streams[0][0]
         for piece in [text[at:at + 100000] for at in range(0, len(text), 100000)]:
             if bad.open:
-                bad.feed(piece)
+                self.feed(bad, piece)
+        assert not deeds, deeds
         assert sum(map(len, bad.inbox)) <= ms.MAX_FRAME + 300000
         assert bad.open == ('bad' in self.broker.links), 'a link without a stream, or the other way round'
         self.heard(0), self.heard(2)
@@ -1864,6 +1901,12 @@ class Garbage:
             stream.close('the end')
             ours.close()
         os.close(self.broker.loop.wake), os.close(self.broker.loop.waker)
+
+    def feed(self, stream, piece):
+        global listening
+        listening = True
+        stream.feed(piece)
+        listening = False
 
     # What a client was told: frames of its own requests, at most one answer each.
     def heard(self, client):
@@ -3341,9 +3384,12 @@ class RealModules(Real):
 
     def test_surroundings(self):
         """Of its process, its interpreter and its surroundings: with and without become, limits and an environment."""
+        variables = ('A: "b  c"', 'PYTHONPATH: /usr/games, PYTHONWARNINGS: ignore', 'LC_ALL: C', 'LANG: C', 'TZ: Asia/Tokyo',
+                     'HOME: %s, LD_LIBRARY_PATH: /usr/games' % self.out, 'LC_CTYPE: none.such', 'PYTHONIOENCODING: latin1')
         book = tasks('{name: login, observes: {}}', *['{name: root, observes: {}, become: true}'] * ROOT,
-                     '{name: limited, observes: {}, vars: {ansible_python_module_rlimit_nofile: 777}, '
-                     'environment: {A: "b  c"}}')
+                     '{name: limited, observes: {}, vars: {ansible_python_module_rlimit_nofile: 777}}',
+                     *['{name: "%s", observes: {}, environment: {%s}}' % (given.replace('"', ''), given)
+                       for given in variables])
         self.compare(book, files={'library/observes.py': textwrap.dedent(OBSERVES).lstrip()}, pipelining=True)
 
     def test_misbehaving(self):
@@ -3834,7 +3880,9 @@ class RealStyles(Real):
     @newest
     def test_interpreter_that_is_not_there(self):
         hosts = {'t1': {'ansible_python_interpreter': '/nonexistent/python'}, 't2': {}}
-        self.compare_failure(WHO, None, '/nonexistent/python', hosts=hosts)
+        for book in (WHO, tasks('{name: who, stat: {path: /}, environment: {TZ: Asia/Tokyo}}')):
+            stock, ours = self.compare_failure(book, None, '/nonexistent/python', hosts=hosts)
+            self.assertEqual(stock.result('who', 't1')['msg'], ours.result('who', 't1')['msg'])
         self.compare(tasks('raw: echo works'), hosts=hosts, without=('stderr', 'stderr_lines'))
 
     @newest
@@ -4154,8 +4202,7 @@ class RealMemoryOfGigabytes(RealMemory):
     SIZE = 1 << 30
 
     def setUp(self):
-        if not os.environ.get('MITOGEN_SINGLE_TEST_SLOW'):
-            self.skipTest('slow: 1 GiB there and back, needs --slow')
+        self.needs_slow('1 GiB there and back')
         super().setUp()
 
 
@@ -4184,8 +4231,7 @@ class RealSoak(Real):
     HOSTS = 20
 
     def setUp(self):
-        if not os.environ.get('MITOGEN_SINGLE_TEST_SLOW'):
-            self.skipTest('slow: 20,000 tasks, needs --slow')
+        self.needs_slow('20,000 tasks')
         super().setUp()
 
     def test_it_stays_as_it_is(self):
@@ -4544,8 +4590,7 @@ class RealControl(Real):
     def test_loop_over_a_hundred_accounts(self):
         """There are never more than 20 accounts with agents, the login's not counted."""
         self.needs_root()
-        if not os.environ.get('MITOGEN_SINGLE_TEST_SLOW'):
-            self.skipTest('slow: 100 accounts, needs --slow')
+        self.needs_slow('100 accounts')
         uids = {'mshundred%02d' % n: FIRST_UID + 100 + n for n in range(100)}
         for name, uid in uids.items():          # the lab takes them away, by their comment
             sh('useradd', '-m', '-s', '/bin/bash', '-c', MARK, '-u', str(uid), name)
@@ -5283,6 +5328,43 @@ class RealFailures(Real):
     def test_noexec_tmp(self):
         self.on_odd_machine('mount -t tmpfs -o noexec,size=1m,mode=1777 tmpfs /tmp')
 
+    @newest
+    def test_unmount(self):
+        """Of a file system in which tasks had their directory and their files: nothing of ours keeps it busy."""
+        self.needs_root()
+        server = LAB.sshd('true')
+        self.addCleanup(server.stop)
+        accounts = '', ', become: true, become_user: msapp'
+        uses = ('{command: pwd, args: {chdir: /mnt}, async: 20, poll: 1WHO}', '{copy: {content: "x\\n", dest: /mnt/N}WHO}',
+                '{command: pwd, args: {chdir: /mnt}WHO}')
+        book = tasks('{command: mount -t tmpfs -o mode=1777 tmpfs /mnt, become: true}',
+                     *[use.replace('N', str(n)).replace('WHO', who) for n, who in enumerate(accounts) for use in uses],
+                     '{command: umount /mnt, become: true}', '{stat: {path: /mnt/0}}', 'command: id -un')
+        self.compare(book, hosts={'t1': {'ansible_port': server.port, 'ansible_remote_tmp': '/mnt/tmp'}}, pipelining=True)
+
+    @newest
+    def test_upgrades(self):
+        """Of Python, sudo and OpenSSH below all that runs: what is at work goes on, what is new starts."""
+        self.needs_root()
+        self.needs_slow('packages from the network')
+        server = LAB.sshd('''mount -t tmpfs tmpfs /mnt && for d in usr var etc; do mkdir -p /mnt/$d/up /mnt/$d/work &&
+            mount -t overlay -o lowerdir=/$d,upperdir=/mnt/$d/up,workdir=/mnt/$d/work overlay /$d || exit; done;
+            echo exit 101 > /usr/sbin/policy-rc.d''')
+        self.addCleanup(server.stop)
+        upgrade = ('apt-get -q update; DEBIAN_FRONTEND=noninteractive apt-get -q install -y --reinstall '
+                   '--no-install-recommends sudo openssh-server openssh-client '
+                   '$(dpkg-query -W -f \'${db:Status-Abbrev}${Package}\\n\' \'*python3*-minimal\' \'*python3*-stdlib\' | '
+                   'sed -n "s/^ii //p")')
+        looks = '- {command: id -un}', '- {command: id -un, become: true}', '- {getent: {database: passwd, key: root}}'
+        new = ('- {command: id -un, become: true, become_user: msapp}', '- {setup: {gather_subset: ["!all", min]}}',
+               '- {copy: {content: x, dest: ~/x}}', '- {command: id -un, async: 20, poll: 1}', '- {file: {path: ~/x, state: absent}}')
+        play = '- hosts: %s\n  gather_facts: false\n  tasks:\n    '
+        book = [play % 't1', *looks, '- {name: upgrade, become: true, shell: %s}' % json.dumps(upgrade), *looks, *new, '\n']
+        stock, ours = self.compare('\n    '.join(book) + play % 't2' + '\n    '.join(looks + new), pipelining=True,
+                                   hosts={name: {'ansible_port': server.port, 'ansible_host': '127.0.0.%s' % name[1]}
+                                          for name in ('t1', 't2')}, without=('stdout', 'stdout_lines', 'ansible_facts'))
+        self.assertIn('Setting up sudo', ours.result('upgrade')['stdout'])
+
     def test_python_too_old(self):
         found = pythons()
         old = next((found[v] for v in ('2.7', '3.6', '3.7') if v in found and v not in TARGETS[self.core].split()
@@ -5636,6 +5718,23 @@ class RealLeftovers(Real):
             self.assertEqual((play.rc, play.status('never')), (99, None), play.tail())
             self.assertIn('User interrupted execution', play.err)
         self.assert_clean(play)
+
+    @newest
+    def test_has_no_door(self):
+        """No process of a run, on whichever side, has a socket that others can reach: none but Python's own, which is
+        in a directory of the user's, and which stock Ansible has as well."""
+        def look(play):
+            sockets = {os.stat('/proc/%d/fd/%s' % (pid, fd)).st_ino: proc(pid, 'cmdline') for pid in play.processes()
+                       for fd in os.listdir('/proc/%d/fd' % pid) if stat.S_ISSOCK(os.stat('/proc/%d/fd/%s' % (pid, fd)).st_mode)}
+            self.assertGreater(len(sockets), 3)
+            for name, is_door, inode in (('unix', lambda words: len(words) > 7 and '/pymp-' not in words[7], 6),
+                                         ('tcp', lambda words: words[3] == '0A', 9), ('udp', bool, 9)):
+                with open('/proc/net/' + name) as file:
+                    doors = [line.split() for line in file.readlines()[1:]]
+                found = [sockets[int(words[inode])] for words in doors if int(words[inode]) in sockets and is_door(words)]
+                self.assertEqual(found, [], name)
+            kill(play.process.pid, signal.SIGTERM)
+        self.assert_clean(self.interrupted(look), killed=True)
 
     @newest
     def test_terminated(self):
@@ -6030,7 +6129,7 @@ class RealWorld(Real):
         sudos = {'root': 1, 'msapp': 1, 'msapp2': 1} if ROOT else {}
         book = world_book()
         self.assertGreaterEqual(len(re.findall('- name: ', book)), 60)
-        if self.core == NEWEST or self.core in TELLING_CORES:
+        if self.core in (NEWEST, OLDEST):
             stock, ours = self.compare(book, files=WORLD_FILES, logins={LAB.login: 1}, sudos=sudos)
             self.assertEqual(fetched_files(stock), fetched_files(ours))
         else:       # stock takes 45 s, and differs little from one of those
@@ -6048,7 +6147,7 @@ def fetched_files(play):
 class RealPythons(Real):
     """Every Python found, as the target of the ansible-core that still supports it."""
 
-    every_core = True
+    every_core = TELLING_CORES
 
     def targets(self):
         """Those that this ansible-core supports; the middle ones on the newest core only."""
@@ -6553,7 +6652,7 @@ class Result(unittest.TextTestResult):
         if os.environ.get('CI') == 'true' and not reason.startswith(EXPLAINED):
             self.failures.append((test, 'skipped without an accepted reason: %s' % reason))
 
-    # A long run says at once what went wrong, and at the end only where.
+    # A long run says at once all that is known of what went wrong, and at the end where and what.
 
     def addFailure(self, test, error):
         super().addFailure(test, error)
@@ -6574,7 +6673,7 @@ class Result(unittest.TextTestResult):
         self.stream.writeln()
         for kind, tests in (('FAIL', self.failures), ('ERROR', self.errors)):
             for test, text in tests:
-                self.stream.writeln('%s: %s' % (kind, self.getDescription(test)))
+                self.stream.writeln('%s: %s: %s' % (kind, self.getDescription(test), essence(text)))
         for test, reason in self.skipped:
             note('skipped %s: %s' % (self.getDescription(test), reason))
         for seconds, name in sorted(self.durations, reverse=True)[:5]:
@@ -6583,6 +6682,11 @@ class Result(unittest.TextTestResult):
         for seconds, name in self.durations:
             classes[name.split('.')[0]] += seconds
         note('seconds: ' + ', '.join('%s %d' % pair for pair in classes.most_common()))
+
+
+def essence(text):
+    """The error at the end of a traceback, without the long comparison that may follow it."""
+    return (re.findall(r'^[\w.]+(?:Error|Exception|Interrupt|Expired): .*', text, re.M) or text.splitlines()[-1:])[-1][:300]
 
 
 def matrix_classes():
@@ -6617,7 +6721,7 @@ def run_tests(arguments):
     parser.add_argument('names', nargs='*', help='Class or Class.test_name')
     parser.add_argument('-k', dest='pattern', action='append', help='only tests whose name matches')
     parser.add_argument('--matrix', action='store_true', help='also on the older ansible-cores')
-    parser.add_argument('--slow', action='store_true', help='also those that move gigabytes')
+    parser.add_argument('--slow', action='store_true', help='also those that take gigabytes, hours or the network')
     parser.add_argument('-f', '--failfast', action='store_true')
     parser.add_argument('-q', '--quiet', action='store_true')
     options = parser.parse_args(arguments)
