@@ -5330,12 +5330,10 @@ class Importer(object):
     # The zip itself, for those who need a file: a respawned module imports from it in another interpreter.
     def write_zip(self):
         import atexit
-        import shutil
         import tempfile
         import zipfile
-        place = tempfile.mkdtemp(prefix='ansible_mitogen_single_payload_')
-        atexit.register(shutil.rmtree, place, True)
-        path = os.path.join(place, 'payload.zip')
+        path = tempfile.mkstemp('.zip', 'ansible_mitogen_single_payload_')[1]
+        atexit.register(os.unlink, path)
         with zipfile.ZipFile(path, 'w') as archive:
             for name, digest in self.table.items():
                 archive.writestr(name, self.store.blobs[digest])
@@ -5360,14 +5358,16 @@ class Resources(object):
         return [path[len(self.folder) + 1:] for path in self.importer.table if os.path.dirname(path) == self.folder]
 
 
+# What names the zip to another interpreter: made when the name is written down.
 def amend_respawn(importer, module):
-    respawn = module.respawn_module
+    class Zip(object):
+        def __str__(self):
+            return importer.write_zip()
 
-    def respawn_module(interpreter_path):
-        sys.modules['__main__']._modlib_path = importer.write_zip()
-        respawn(interpreter_path)
+        def __repr__(self):
+            return repr(str(self))
 
-    module.respawn_module = respawn_module
+    sys.modules['__main__']._modlib_path = module._ANSIBLE_PARENT_PATH = Zip()
 
 
 # run_command looks twice, whether its program ended. One that ends between the two looks is waited for in a select of

@@ -3228,11 +3228,12 @@ RESPAWN = '''
     from __future__ import absolute_import, division, print_function
     import os, sys
     from ansible.module_utils.basic import AnsibleModule
-    from ansible.module_utils.common.respawn import has_respawned, respawn_module
+    from ansible.module_utils.common.respawn import has_respawned, probe_interpreters_for_module, respawn_module
     def main():
         module = AnsibleModule({'where': {'type': 'str'}, 'n': {'type': 'int'}})
         if not has_respawned():
-            respawn_module(module.params['where'])
+            assert not probe_interpreters_for_module([module.params['where']], 'no_such_library')
+            respawn_module(probe_interpreters_for_module(['/nonexistent', module.params['where']], 'json'))
         module.exit_json(changed=False, respawned=has_respawned(), python=sys.executable, n=module.params['n'],
                          main=__name__)
     if __name__ == '__main__':
