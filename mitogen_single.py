@@ -1752,7 +1752,7 @@ class AgentConnection(ConnectionBase):
 
     def reset(self):
         if is_carried(self):
-            client().drop(Carrier(self).login().key)
+            client().order(call='drop', key=Carrier(self).login().key)
         if not self._options.get('mitogen_single_via'):
             super().reset()
 
@@ -1835,7 +1835,9 @@ class Carrier:
     def run(self, command, in_data, sudoable):
         account, place = self.account(command.escalated), self.connection._place
         if isinstance(in_data, Payload):
-            return self.run_module(account, in_data, *command.interpreter())
+            result = self.run_module(account, in_data, *command.interpreter())
+            self.renew_accounts(account[0], in_data, result[1])
+            return result
         if place and place.modules:
             words, env = command.interpreter()
             return self.run_module(account, *job_in(place, words), env)
@@ -1865,10 +1867,17 @@ class Carrier:
 
     # userdel refuses while an agent of ours runs as that user. Stock Ansible has no process left there by then.
     def leave_account(self, login, module):
-        given = json.loads(module.params)['ANSIBLE_MODULE_ARGS'] if module.fqn.endswith('.user') else {}
+        name, given = account_in(module)
         if given.get('state') == 'absent':
             with contextlib.suppress(NotConnected):
-                self.ask(dict(call='retire', to=[login.key], interpreter=None, name=str(given.get('name'))), b'')
+                self.ask(dict(call='retire', to=[login.key], interpreter=None, name=name), b'')
+
+    # Stock Ansible begins a session for each task that becomes somebody, and an agent is one that goes on. Once a module
+    # has changed what sessions begin with, the next task gets a new one: PAM has the word on what that means.
+    def renew_accounts(self, login, module, output):
+        name, given = account_in(module)
+        if b'"changed": true' in output and (name or SESSION_BEGINS.search(module.params)):
+            client().order(call='renew', key=login.key, user=name)
 
     # The hops that lead to the account in which a command is to run.
     def account(self, escalated):
@@ -2227,6 +2236,19 @@ def at_start(env):
     early = [name for name in sorted(env) if re.match('PYTHON|LD_|GLIBC_|LC_|(LANG|TZ|HOME)$', name)]
     words = ['env'] * bool(early) + ['%s=%s' % (name, env[name]) for name in early]
     return words, {name: value for name, value in env.items() if name not in early}
+
+
+# What a session begins with: where its environment, its limits and its groups are written, and what changes those.
+SESSION_BEGINS = re.compile(rb'/etc/(environment|default/locale|security/|pam\.|login\.defs|sudoers|profile|bash)|'
+                            rb'/\.(pam_environment|profile|bash)|usermod|gpasswd|adduser')
+
+
+# Which account a module is to change, and how. -> name or None, arguments
+def account_in(module):
+    if not module.fqn.endswith('.user'):
+        return None, {}
+    given = json.loads(module.params)['ANSIBLE_MODULE_ARGS']
+    return str(given.get('name') or given.get('user')), given
 
 
 # ---- the temporary directory of a task
@@ -3101,9 +3123,10 @@ class Client:
             return unpack(self.receive(request)[1])[0]['first']
 
     # Close the link to an agent, and so all that is behind it.
-    def drop(self, key):
+    # head: drop or renew, see Broker.
+    def order(self, **head):
         with self.asking() as request:
-            self.send(CALL, request, pack(dict(call='drop', key=key)))
+            self.send(CALL, request, pack(head))
             self.receive(request)
 
     # A request that is given up halfway leaves frames behind that belong to nobody: the line is closed, which also
@@ -3272,6 +3295,7 @@ class Link:
         self.request = None         # ours to the parent agent, while it is being opened there
         self.hello = None           # what the agent said of itself, once it is up
         self.used = 0               # serial number of the last request for it
+        self.outdated = False       # to be replaced as soon as nothing depends on it
         self.has = set()            # sha1 of the blobs that we know it has
 
     def ancestors(self):
@@ -3447,8 +3471,16 @@ class Broker:
             self.close_link(self.links[head['key']])
         self.answer(stream, REPLY, request, pack({}))
 
+    # Sessions begin otherwise from now on, of one account or of all that are become on the machine of that login.
+    def call_renew(self, stream, request, head, body):
+        for link in self.links.values():
+            if link.login().key == head['key'] and link.login() is not link and (
+                    not head['user'] or link.hello and link.hello['user'] == head['user']):
+                link.outdated = True
+        self.answer(stream, REPLY, request, pack({}))
+
     def call_open(self, stream, request, head, body):
-        link = self.links.get(head['key'])
+        link = self.current(head['key'])
         if link:
             self.use(stream, link)
         if link and link.hello:
@@ -3500,9 +3532,18 @@ class Broker:
                 self.retire(other)
 
     def is_idle(self, link):
+        return not self.is_needed(link) and link not in self.latest.values()
+
+    def is_needed(self, link):
         busy = [link for asked in self.requests.values() for link in (asked.link, asked.opens)]
         above = [other.parent for other in self.links.values()]
-        return link not in busy + above + list(self.latest.values())
+        return link in busy + above
+
+    def current(self, key):
+        link = self.links.get(key)
+        if link and link.outdated and not self.is_needed(link):
+            return self.retire(link)
+        return link
 
     # It takes its time to end. Whoever wants it meanwhile gets another one.
     def retire(self, link):
@@ -3542,7 +3583,7 @@ class Broker:
                 return self.supply(link, self.tables[toc])
 
     def choose(self, keys, interpreter):
-        for link in map(self.links.get, keys):
+        for link in map(self.current, keys):
             if link and link.hello and (not interpreter or link.key != keys[-1]
                                         or is_interpreter(link.hello, interpreter)):
                 return link

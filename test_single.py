@@ -2873,6 +2873,23 @@ class RealBecome(Real):
             '{command: id -un, vars: {ansible_user: mspass}}', '{command: id -un}'))
 
     @newest
+    def test_what_sessions_begin_with(self):
+        """Groups, and what PAM reads, count for the next task that becomes somebody, and for jobs that are at work."""
+        self.needs_root()
+        server = LAB.sshd('mount -t tmpfs tmpfs /mnt && mkdir /mnt/u /mnt/w && mount -t overlay -o lowerdir=/etc,upperdir=/mnt/u,'
+                          'workdir=/mnt/w overlay /etc && echo "session required pam_env.so readenv=1" >> /etc/pam.d/sudo')
+        self.addCleanup(server.stop)
+        look = '{shell: "id -Gn; echo [$MS_ADDED]", become: true, become_user: msapp}', '{command: printenv MS_ADDED, become: true, ' \
+               'failed_when: false, loop: [a, b, c]}'
+        change = '{lineinfile: {path: /etc/environment, create: true, line: MS_ADDED=1, state: %s}, become: true}'
+        groups = '{user: {name: msapp, groups: %s}, become: true}'
+        self.compare(tasks(
+            *look, '{shell: sleep 1; id -un, become: true, become_user: msapp, async: 20, poll: 0, register: job}', groups % 'games',
+            change % 'present', *look, '{async_status: {jid: "{{ job.ansible_job_id }}"}, register: done, until: done.finished, '
+            'become: true, become_user: msapp, delay: 1}', groups % '""', change % 'absent', *look),
+            hosts={'t1': {'ansible_port': server.port}}, pipelining=True, without=('attempts',))
+
+    @newest
     def test_by_command_line(self):
         self.compare(WHO, args=['-b', '--become-user', 'msapp'], sudos={'msapp': 1})
 
@@ -3552,7 +3569,7 @@ TELLS = '''
 
 
 class RealCache(Real):
-    every_core = TELLING_CORES
+    every_core = OLDEST_CORE
 
     def setUp(self):
         super().setUp()
