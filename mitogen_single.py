@@ -1872,8 +1872,8 @@ class Carrier:
             with contextlib.suppress(NotConnected):
                 self.ask(dict(call='retire', to=[login.key], interpreter=None, name=name), b'')
 
-    # Stock Ansible begins a session for each task that becomes somebody, and an agent is one that goes on. Once a module
-    # has changed what sessions begin with, the next task gets a new one: PAM has the word on what that means.
+    # Stock Ansible begins a session for each task that becomes somebody, and an agent is one that goes on. Once a
+    # module has changed what sessions begin with, the next task gets a new one: PAM has the word on what that means.
     def renew_accounts(self, login, module, output):
         name, given = account_in(module)
         if b'"changed": true' in output and (name or SESSION_BEGINS.search(module.params)):
