@@ -1874,6 +1874,7 @@ class Carrier:
 
     # Stock Ansible begins a session for each task that becomes somebody, and an agent is one that goes on. Once a
     # module has changed what sessions begin with, the next task gets a new one: PAM has the word on what that means.
+    # What a script of the user's changes shows in none of its arguments; for that there is meta: reset_connection.
     def renew_accounts(self, login, module, output):
         name, given = account_in(module)
         if b'"changed": true' in output and (name or SESSION_BEGINS.search(module.params)):
@@ -3122,8 +3123,7 @@ class Client:
             self.send(CALL, request, pack(dict(call='first', text=text)))
             return unpack(self.receive(request)[1])[0]['first']
 
-    # Close the link to an agent, and so all that is behind it.
-    # head: drop or renew, see Broker.
+    # What ends links. It is done when this returns. head: call (drop, renew) and what that takes, see Broker.
     def order(self, **head):
         with self.asking() as request:
             self.send(CALL, request, pack(head))
@@ -3465,13 +3465,14 @@ class Broker:
         self.answer(stream, REPLY, request, pack(dict(first=head['text'] not in self.said)))
         self.said.add(head['text'])
 
+    # head: key, of a link that is to be closed with all that is behind it.
     def call_drop(self, stream, request, head, body):
         self.failed.pop(head['key'], None)
         if head['key'] in self.links:
             self.close_link(self.links[head['key']])
         self.answer(stream, REPLY, request, pack({}))
 
-    # Sessions begin otherwise from now on, of one account or of all that are become on the machine of that login.
+    # head: key of a login, user or None. Sessions begin otherwise from now on, of that account or of all that are become.
     def call_renew(self, stream, request, head, body):
         for link in self.links.values():
             if link.login().key == head['key'] and link.login() is not link and (
@@ -3539,10 +3540,12 @@ class Broker:
         above = [other.parent for other in self.links.values()]
         return link in busy + above
 
+    # None, too, for one that is outdated, and that nothing depends on any more.
     def current(self, key):
         link = self.links.get(key)
         if link and link.outdated and not self.is_needed(link):
-            return self.retire(link)
+            self.retire(link)
+            return None
         return link
 
     # It takes its time to end. Whoever wants it meanwhile gets another one.

@@ -6620,7 +6620,7 @@ def conformance(arguments):
         LAB.up()
     except unittest.SkipTest as reason:
         sys.exit(str(reason))
-    engines = Engine('stock'), Engine('plugin')
+    engines = Engine('stock'), Everywhere('plugin')
     suite = fetch_targets(engines[0])
     names = sorted(os.listdir(os.path.join(suite, 'targets')))
     if set(options.targets) - set(names):
