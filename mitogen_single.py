@@ -3472,7 +3472,7 @@ class Broker:
             self.close_link(self.links[head['key']])
         self.answer(stream, REPLY, request, pack({}))
 
-    # head: key of a login, user or None. Sessions begin otherwise from now on, of that account or of all that are become.
+    # head: key of a login, user or None. Sessions of that account, or of all that are become, begin otherwise now.
     def call_renew(self, stream, request, head, body):
         for link in self.links.values():
             if link.login().key == head['key'] and link.login() is not link and (
