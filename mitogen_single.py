@@ -1872,13 +1872,15 @@ class Carrier:
             with contextlib.suppress(NotConnected):
                 self.ask(dict(call='retire', to=[login.key], interpreter=None, name=name), b'')
 
-    # Stock Ansible begins a session for each task that becomes somebody, and an agent is one that goes on. Once a
-    # module has changed what sessions begin with, the next task gets a new one: PAM has the word on what that means.
-    # What a script of the user's changes shows in none of its arguments; for that there is meta: reset_connection.
+    # Stock Ansible begins a session for each task, and an agent is one that goes on. Once a module has changed what
+    # sessions begin with, the next task gets a new one: shell, sudo and PAM have the word on what that means. What a
+    # script of the user's changes shows in none of its arguments; for that there is meta: reset_connection.
     def renew_accounts(self, login, module, output):
-        name, given = account_in(module)
-        if b'"changed": true' in output and (name or SESSION_BEGINS.search(module.params)):
-            client().order(call='renew', key=login.key, user=name)
+        if b'"changed": true' in output:
+            name, _ = account_in(module)
+            is_login = bool(LOGIN_BEGINS.search(module.params))
+            if name or is_login or SESSION_BEGINS.search(module.params):
+                client().order(call='renew', key=login.key, user=name, login=is_login)
 
     # The hops that lead to the account in which a command is to run.
     def account(self, escalated):
@@ -2239,9 +2241,12 @@ def at_start(env):
     return words, {name: value for name, value in env.items() if name not in early}
 
 
-# What a session begins with: where its environment, its limits and its groups are written, and what changes those.
-SESSION_BEGINS = re.compile(rb'/etc/(environment|default/locale|security/|pam\.|login\.defs|sudoers|profile|bash)|'
-                            rb'/\.(pam_environment|profile|bash)|usermod|gpasswd|adduser')
+# Where it is written what a session begins with: of an account that is become, and of one that is logged in to. The
+# first ones sshd reads once for a connection, whatever the number of its sessions.
+SESSION_BEGINS = re.compile(rb'/etc/(environment|default/locale|security/|pam\.|login\.defs|sudoers)|'
+                            rb'/\.pam_environment|usermod|gpasswd|adduser')
+LOGIN_BEGINS = re.compile(rb'/etc/(bash|zsh|csh|fish|profile)|'
+                          rb'/\.(bash|zsh|t?csh|profile|config/fish|ssh/(environment|rc))')
 
 
 # Which account a module is to change, and how. -> name or None, arguments
@@ -3472,10 +3477,10 @@ class Broker:
             self.close_link(self.links[head['key']])
         self.answer(stream, REPLY, request, pack({}))
 
-    # head: key of a login, user or None. Sessions of that account, or of all that are become, begin otherwise now.
+    # head: key of a login; user, or None for all; login, whether it is meant, too. Their sessions begin otherwise now.
     def call_renew(self, stream, request, head, body):
         for link in self.links.values():
-            if link.login().key == head['key'] and link.login() is not link and (
+            if link.login().key == head['key'] and (head['login'] or link.login() is not link) and (
                     not head['user'] or link.hello and link.hello['user'] == head['user']):
                 link.outdated = True
         self.answer(stream, REPLY, request, pack({}))
@@ -3533,25 +3538,32 @@ class Broker:
                 self.retire(other)
 
     def is_idle(self, link):
-        return not self.is_needed(link) and link not in self.latest.values()
+        return len(self.branch(link)) == 1 and not self.is_busy(link) and link not in self.latest.values()
 
-    def is_needed(self, link):
+    # With something to do, or on the way of somebody who has.
+    def is_busy(self, link):
         busy = [link for asked in self.requests.values() for link in (asked.link, asked.opens)]
-        above = [other.parent for other in self.links.values()]
-        return link in busy + above
+        return any(other in busy for other in self.branch(link))
 
-    # None, too, for one that is outdated, and that nothing depends on any more.
+    # It and all that is behind it.
+    def branch(self, link):
+        return [other for other in self.links.values() if link in other.ancestors()] + [link]
+
+    # None, too, for one that is outdated and not busy.
     def current(self, key):
         link = self.links.get(key)
-        if link and link.outdated and not self.is_needed(link):
+        if link and link.outdated and not self.is_busy(link):
             self.retire(link)
             return None
         return link
 
     # It takes its time to end. Whoever wants it meanwhile gets another one.
     def retire(self, link):
+        if not link.parent:
+            return self.close_link(link)
         self.tell(link.parent, CALL, next(self.serial), pack(dict(call='retire', name=link.number)))
-        self.forget(link)
+        for gone in self.branch(link):
+            self.forget(gone)
 
     # The child of `above` on the way to `link`.
     def next_hop(self, above, link):
@@ -3669,10 +3681,10 @@ class Broker:
             self.answer(client, FAIL, request, pack(head))
 
     def link_is_down(self, link, text):
-        for below in [other for other in self.links.values() if link in other.ancestors()] + [link]:
-            self.forget(below)
+        for gone in self.branch(link):
+            self.forget(gone)
             for ours, asked in list(self.requests.items()):
-                if asked.link is below:
+                if asked.link is gone:
                     del self.requests[ours]
                     self.fail(asked.client, asked.request, 'lost', text)
 

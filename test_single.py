@@ -2883,10 +2883,13 @@ class RealBecome(Real):
                'failed_when: false, loop: [a, b, c]}'
         change = '{lineinfile: {path: /etc/environment, create: true, line: MS_ADDED=1, state: %s}, become: true}'
         groups = '{user: {name: msapp, groups: %s}, become: true}'
+        shell = '{lineinfile: {path: ~/.bashrc, create: true, insertbefore: BOF, line: export MS_ADDED=2, state: %s}}'
+        login = '{shell: "echo [$MS_ADDED]"}', '{shell: "echo [$MS_ADDED]", environment: {TZ: UTC}, loop: [a, b, c]}'
         self.compare(tasks(
             *look, '{shell: sleep 1; id -un, become: true, become_user: msapp, async: 20, poll: 0, register: job}', groups % 'games',
             change % 'present', *look, '{async_status: {jid: "{{ job.ansible_job_id }}"}, register: done, until: done.finished, '
-            'become: true, become_user: msapp, delay: 1}', groups % '""', change % 'absent', *look),
+            'become: true, become_user: msapp, delay: 1}', groups % '""', change % 'absent', *look,
+            *login, shell % 'present', *login, look[0], shell % 'absent', *login),
             hosts={'t1': {'ansible_port': server.port}}, pipelining=True, without=('attempts',))
 
     @newest
