@@ -1872,13 +1872,13 @@ class Carrier:
             with contextlib.suppress(NotConnected):
                 self.ask(dict(call='retire', to=[login.key], interpreter=None, name=name), b'')
 
-    # Stock Ansible begins a session for each task, and an agent is one that goes on. Once a module has changed what
-    # sessions begin with, the next task gets a new one: shell, sudo and PAM have the word on what that means. What a
-    # script of the user's changes shows in none of its arguments; for that there is meta: reset_connection.
+    # Stock Ansible begins a session and a Python for each task, and an agent is one that goes on. Once a module has
+    # changed what they begin with, the next task gets a new one: shell, sudo, PAM and site.py have the word on what
+    # that means. What a script changes shows in none of its arguments; for that there is meta: reset_connection.
     def renew_accounts(self, login, module, output):
         if b'"changed": true' in output:
             name, _ = account_in(module)
-            is_login = bool(LOGIN_BEGINS.search(module.params))
+            is_login = module.fqn.endswith('.pip') or bool(LOGIN_BEGINS.search(module.params))
             if name or is_login or SESSION_BEGINS.search(module.params):
                 client().order(call='renew', key=login.key, user=name, login=is_login)
 
@@ -2241,11 +2241,12 @@ def at_start(env):
     return words, {name: value for name, value in env.items() if name not in early}
 
 
-# Where it is written what a session begins with: of an account that is become, and of one that is logged in to. The
-# first ones sshd reads once for a connection, whatever the number of its sessions.
+# What changes how processes begin: those of accounts that are become, and all. sshd reads the first files once for a
+# connection, whatever the number of its sessions. Of a folder for packages Python takes notice when it starts, if it
+# is there by then; older C libraries read nsswitch.conf once.
 SESSION_BEGINS = re.compile(rb'/etc/(environment|default/locale|security/|pam\.|login\.defs|sudoers)|'
                             rb'/\.pam_environment|usermod|gpasswd|adduser')
-LOGIN_BEGINS = re.compile(rb'/etc/(bash|zsh|csh|fish|profile)|'
+LOGIN_BEGINS = re.compile(rb'/etc/(bash|zsh|csh|fish|profile|nsswitch)|pip[\d.]* install|'
                           rb'/\.(bash|zsh|t?csh|profile|config/fish|ssh/(environment|rc))')
 
 
@@ -5912,6 +5913,7 @@ def run_module(agent, importer, head, params):
     import random
     root = importer.store.root
     os.environ.update(native(head['env']))
+    time.tzset()        # /etc/localtime may be another one by now
     enter(head.get('cwd') or agent.cwd)
     if head['rlimit']:
         import resource
@@ -5955,7 +5957,6 @@ class Before(object):
         os.umask(self.mask)
         os.environ.clear()
         os.environ.update(self.environ)
-        time.tzset()
         sys.path[:], sys.excepthook = self.path, sys.__excepthook__
         for name in set(sys.modules) - self.modules:
             if name[:7] in ('ansible', 'filecmp'):

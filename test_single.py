@@ -2846,6 +2846,35 @@ SESAME = OWN_BECOME.replace('mybecome', 'sesame').replace('''
     '''
 
 
+ZONE = '''
+    #!/usr/bin/python
+    import time
+    from ansible.module_utils.basic import AnsibleModule
+    AnsibleModule({}).exit_json(zone=time.tzname, now=time.strftime('%Z %z'), offset=time.timezone)
+'''
+
+
+# As the true one, it makes the first folder for packages that the account has.
+PIP = '''
+    #!/usr/bin/python
+    import os, shutil, site
+    from ansible.module_utils.basic import AnsibleModule
+    module = AnsibleModule({'state': {'type': 'str'}})
+    folder = site.getusersitepackages()
+    try:
+        import ms_added
+        found = ms_added.__name__
+    except ImportError:
+        found = None
+    if module.params['state'] == 'absent':
+        shutil.rmtree(folder)
+    elif not found:
+        os.makedirs(folder)
+        open(os.path.join(folder, 'ms_added.py'), 'w').close()
+    module.exit_json(changed=True, found=found)
+'''
+
+
 class RealBecome(Real):
     every_core = OLDEST_CORE
     pipelining = True
@@ -2884,13 +2913,16 @@ class RealBecome(Real):
         change = '{lineinfile: {path: /etc/environment, create: true, line: MS_ADDED=1, state: %s}, become: true}'
         groups = '{user: {name: msapp, groups: %s}, become: true}'
         shell = '{lineinfile: {path: ~/.bashrc, create: true, insertbefore: BOF, line: export MS_ADDED=2, state: %s}}'
+        zones = ['zone: {}' if name is None else '{file: {src: /usr/share/zoneinfo/%s, dest: /etc/localtime, state: link, '
+                 'force: true}, become: true}' % name for name in (None, 'Asia/Tokyo', None, 'Etc/UTC', None)]
         login = '{shell: "echo [$MS_ADDED]"}', '{shell: "echo [$MS_ADDED]", environment: {TZ: UTC}, loop: [a, b, c]}'
+        packages = 'pip: {state: present}', 'pip: {state: present}', 'pip: {state: absent}'
         self.compare(tasks(
             *look, '{shell: sleep 1; id -un, become: true, become_user: msapp, async: 20, poll: 0, register: job}', groups % 'games',
             change % 'present', *look, '{async_status: {jid: "{{ job.ansible_job_id }}"}, register: done, until: done.finished, '
             'become: true, become_user: msapp, delay: 1}', groups % '""', change % 'absent', *look,
-            *login, shell % 'present', *login, look[0], shell % 'absent', *login),
-            hosts={'t1': {'ansible_port': server.port}}, pipelining=True, without=('attempts',))
+            *login, shell % 'present', *login, look[0], shell % 'absent', *login, *zones, *packages),
+            files={'library/zone.py': ZONE, 'library/pip.py': PIP}, hosts={'t1': {'ansible_port': server.port}}, pipelining=True, without=('attempts',))
 
     @newest
     def test_by_command_line(self):
