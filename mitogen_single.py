@@ -1878,7 +1878,7 @@ class Carrier:
     def renew_accounts(self, login, module, output):
         if b'"changed": true' in output:
             name, _ = account_in(module)
-            is_login = module.fqn.endswith('.pip') or bool(LOGIN_BEGINS.search(module.params))
+            is_login = bool(LOGIN_BEGINS.search(module.params)) or changes_python(module, output)
             if name or is_login or SESSION_BEGINS.search(module.params):
                 client().order(call='renew', key=login.key, user=name, login=is_login)
 
@@ -2246,8 +2246,17 @@ def at_start(env):
 # is there by then; older C libraries read nsswitch.conf once.
 SESSION_BEGINS = re.compile(rb'/etc/(environment|default/locale|security/|pam\.|login\.defs|sudoers)|'
                             rb'/\.pam_environment|usermod|gpasswd|adduser')
-LOGIN_BEGINS = re.compile(rb'/etc/(bash|zsh|csh|fish|profile|nsswitch)|pip[\d.]* install|'
+LOGIN_BEGINS = re.compile(rb'/etc/(bash|zsh|csh|fish|profile|nsswitch)|pip[\d.]* install|upgrade|'
                           rb'/\.(bash|zsh|t?csh|profile|config/fish|ssh/(environment|rc))')
+
+
+PACKAGE_MANAGERS = 'apt', 'dnf', 'dnf5', 'yum', 'package', 'zypper', 'pacman', 'apk'
+
+
+# Whether another one may be in its place, or have another place to look for modules in.
+def changes_python(module, output):
+    kind = module.fqn.rpartition('.')[2]
+    return kind == 'pip' or kind in PACKAGE_MANAGERS and b'python' in module.params + output
 
 
 # Which account a module is to change, and how. -> name or None, arguments

@@ -2854,7 +2854,7 @@ ZONE = '''
 '''
 
 
-# As the true one, it makes the first folder for packages that the account has.
+# As the true ones, it makes the first folder for packages that the account has.
 PIP = '''
     #!/usr/bin/python
     import os, shutil, site
@@ -2871,7 +2871,7 @@ PIP = '''
     elif not found:
         os.makedirs(folder)
         open(os.path.join(folder, 'ms_added.py'), 'w').close()
-    module.exit_json(changed=True, found=found)
+    module.exit_json(changed=True, found=found, folder=folder)
 '''
 
 
@@ -2916,13 +2916,13 @@ class RealBecome(Real):
         zones = ['zone: {}' if name is None else '{file: {src: /usr/share/zoneinfo/%s, dest: /etc/localtime, state: link, '
                  'force: true}, become: true}' % name for name in (None, 'Asia/Tokyo', None, 'Etc/UTC', None)]
         login = '{shell: "echo [$MS_ADDED]"}', '{shell: "echo [$MS_ADDED]", environment: {TZ: UTC}, loop: [a, b, c]}'
-        packages = 'pip: {state: present}', 'pip: {state: present}', 'pip: {state: absent}'
+        packages = ['%s: {state: %s}' % (name, state) for name in ('pip', 'apt') for state in ('present', 'present', 'absent')]
         self.compare(tasks(
             *look, '{shell: sleep 1; id -un, become: true, become_user: msapp, async: 20, poll: 0, register: job}', groups % 'games',
             change % 'present', *look, '{async_status: {jid: "{{ job.ansible_job_id }}"}, register: done, until: done.finished, '
             'become: true, become_user: msapp, delay: 1}', groups % '""', change % 'absent', *look,
             *login, shell % 'present', *login, look[0], shell % 'absent', *login, *zones, *packages),
-            files={'library/zone.py': ZONE, 'library/pip.py': PIP}, hosts={'t1': {'ansible_port': server.port}}, pipelining=True, without=('attempts',))
+            files={'library/zone.py': ZONE, 'library/pip.py': PIP, 'library/apt.py': PIP}, hosts={'t1': {'ansible_port': server.port}}, pipelining=True, without=('attempts',))
 
     @newest
     def test_by_command_line(self):
