@@ -3355,6 +3355,7 @@ class Broker:
         self.loop.start()
         self.loop.watch(private(self.door.fileno()), readable=self.admit)
         self.watch_parent()
+        self.keep_in_touch()
         try:
             while self.loop.running:
                 self.loop.turn()
@@ -3389,6 +3390,14 @@ class Broker:
         if os.getppid() != self.parent_pid:
             self.loop.running = False
         self.loop.later(1, self.watch_parent)
+
+    # Firewalls forget a connection over which nothing goes, after some minutes. An ACK that means nothing is enough,
+    # and ssh keeps the settings that it has.
+    def keep_in_touch(self):
+        for link in self.links.values():
+            if link.hello and link.login() is link:
+                self.tell(link, ACK, 0)
+        self.loop.later(30, self.keep_in_touch)
 
     def admit(self):
         try:

@@ -1723,6 +1723,13 @@ class PipeCore(unittest.TestCase):
                 self.assertGreater(len(after), 5, order)
                 self.assertNotIn(True, [one == next for one, next in zip(after[:5], after[1:5])], order)
 
+    def test_a_word_that_means_nothing(self):
+        """Sent for the sake of firewalls."""
+        for core in self.each():
+            core.send('ack', b'')
+            core.call(1, call='exec', argv=['/bin/sh', '-c', 'echo on'])
+            self.assertEqual(core.answer(1), (0, 'on\n', ''))
+
     def test_garbage_ends_it(self):
         for core in self.each():
             core.write(b'\xff' * 64)
@@ -1933,6 +1940,11 @@ for number in range(int(sys.argv[1]), int(sys.argv[2])):
     except BaseException:
         print('stream', number)
         raise
+idle = Garbage(0)
+idle.broker.keep_in_touch()
+stream, ours = idle.streams[1]
+stream.flush()
+assert ours.recv(9999).endswith(ms.HEADER.pack(ms.ACK, 0, idle.broker.links['good'].number, 0, 0)), 'out of touch'
 print('peak', resource.getrusage(resource.RUSAGE_SELF).ru_maxrss >> 10)
 '''
 
