@@ -8,6 +8,7 @@ The tests and the benchmark of mitogen_single.py.
     python3 test_single.py RealFiles.test_copy  plain unittest names work too
     python3 test_single.py bench [WORKLOAD ...] [--runs N] [--engines stock,mitogen,plugin]
     python3 test_single.py conformance [TARGET ...]     ansible-core's own integration targets
+    python3 test_single.py playbooks [GLOB ...]         playbooks of DebOps
 
 Nothing need be installed but Python 3.9 or newer.  The first run makes one virtual environment for
 each ansible-core under .lab/ (MITOGEN_SINGLE_TEST_VENVS names another directory to take them from),
@@ -48,7 +49,8 @@ still pass, which proves that they compare nothing that varies by itself.
     19 PYTHONS      every Python found as target
     20 BENCH        stock, Mitogen and the plugin in turn; the delaying proxy
     21 CONFORMANCE  ansible-core's own integration targets, by stock and by the plugin
-    22 MAIN         the command line
+    22 PLAYBOOKS    playbooks that others wrote, by stock and by the plugin
+    23 MAIN         the command line
 """
 import argparse
 import ast
@@ -200,7 +202,9 @@ def mitogen():
 
 
 BUNDLED = ('ansible/posix', 'community/general', 'community/docker', 'community/libvirt', 'community/okd',
-           'containers/podman', 'kubernetes/core')
+           'containers/podman', 'kubernetes/core',
+           # and what DebOps needs besides
+           'ansible/utils', 'community/crypto', 'community/mysql', 'community/postgresql', 'community/rabbitmq')
 
 
 def collections_path():
@@ -313,16 +317,20 @@ class Lab:
     def start(self):
         install_packages(BASE_PACKAGES)
         self.take_lock()
-        atexit.register(self.down)
-        self.root = tempfile.mkdtemp(prefix='ms', dir='/var/tmp')
-        os.chmod(self.root, 0o755)
+        self.make_root('mslab' if ROOT else getpass.getuser())
         self.password = secrets.token_hex(8)
-        self.login = 'mslab' if ROOT else getpass.getuser()
         if ROOT:
             self.make_accounts()
             self.make_bare_root()
-        self.make_keys()
         self.port = self.sshd().port
+
+    def make_root(self, login):
+        """A directory with keys: all that is wanted where targets are machines with accounts of their own."""
+        atexit.register(self.down)
+        self.root = tempfile.mkdtemp(prefix='ms', dir='/var/tmp')
+        os.chmod(self.root, 0o755)
+        self.login = login
+        self.make_keys()
 
     def down(self):
         root, self.root = self.root, None
@@ -330,7 +338,7 @@ class Lab:
             return
         for server in self.sshds + [self.docker] * bool(self.docker):
             server.stop()
-        if ROOT:
+        if ROOT and self.lock:
             remove_accounts()
             if os.path.exists(self.SUDOERS_FILE):
                 os.unlink(self.SUDOERS_FILE)
@@ -1066,10 +1074,16 @@ def snapshot(folder):
     for place, folders, files in os.walk(folder):
         for name in sorted(folders + files):
             path = os.path.join(place, name)
-            info = os.lstat(path)
-            found[backup_free(os.path.relpath(path, folder))] = (
-                oct(info.st_mode), info.st_uid, info.st_gid, content_of(path, info))
+            found[backup_free(os.path.relpath(path, folder))] = entry(path)
     return found
+
+
+def entry(path):
+    """None where nothing is."""
+    if not os.path.lexists(path):
+        return None
+    info = os.lstat(path)
+    return oct(info.st_mode), info.st_uid, info.st_gid, content_of(path, info)
 
 
 def backup_free(path):
@@ -6688,7 +6702,243 @@ def conformance(arguments):
     return 1 if lost else 0
 
 
-# 22 MAIN ########################################################################################
+# 22 PLAYBOOKS ###################################################################################
+# Playbooks that others wrote: those of DebOps, each by stock Ansible and by the plugin, on a Debian that is made for
+# that one run and thrown away.  Compared are the results of all tasks and items, the recap, and every file that the
+# playbook wrote.
+
+DEBOPS = 'debops==3.3.2', 'dnspython', 'netaddr', 'passlib', 'pyopenssl'
+DEBIAN = 'bookworm'
+DEBIAN_PACKAGES = ('ca-certificates cron dbus git gnupg iproute2 kmod less libcap2-bin locales lsb-release netbase '
+                   'openssh-server procps python3 python3-apt rsync sudo')
+
+# A machine: the files of the tree and above them its own, in memory. It shares the network with this one, for packages,
+# and its services listen there as long as it lasts; but nothing else, and it has no more rights than a container of
+# Docker's, so that what it mounts, loads or sets fails.
+MACHINE = r'''
+    set -e
+    box=$1 tree=$2 lab=$3 port=$4
+    mount -t tmpfs machine "$box"
+    mkdir "$box/upper" "$box/work" "$box/root"
+    mount -t overlay -o "lowerdir=$tree,upperdir=$box/upper,workdir=$box/work" overlay "$box/root"
+    cd "$box/root"
+    mount -t proc proc proc
+    for place in proc/sys proc/sysrq-trigger; do [ ! -e $place ] || mount -o bind,ro $place $place; done
+    mount -t sysfs -o ro sysfs sys
+    mount -t tmpfs -o mode=755 run run
+    mount -t tmpfs -o mode=755 dev dev
+    mkdir dev/pts dev/shm run/lock run/sshd run/lab
+    chmod 1777 dev/shm run/lock
+    mount -t devpts -o newinstance,ptmxmode=666,mode=620,gid=5 devpts dev/pts
+    cp -a /dev/null /dev/zero /dev/full /dev/random /dev/urandom /dev/tty dev
+    ln -s pts/ptmx dev/ptmx
+    ln -s /proc/self/fd dev/fd
+    cp "$lab/host_key" "$lab/authorized_keys" "$lab/machine_config" run/lab
+    cp -L /etc/resolv.conf etc
+    hostname machine
+    rights=+chown,+dac_override,+fowner,+fsetid,+kill,+mknod,+net_raw,+setfcap,+setgid,+setpcap,+setuid
+    exec setpriv --bounding-set="-all,$rights,+audit_write,+net_bind_service,+sys_chroot" \
+        chroot . sh -c '/usr/sbin/sshd -D -e -f /run/lab/machine_config -p "$0"; exit $?' "$port"
+    '''
+
+PLAYBOOK_SECONDS = 1200
+
+# What no two runs of stock Ansible leave alike.
+VARYING = re.compile('|'.join((
+    r'(tmp|var/(tmp|log|cache))(/|$)',                          # what comes and goes, and says when
+    r'(root|home/debian)/\.ansible(/|$)',                       # with become, the plugin uses root's
+    r'var/lib/(apt|systemd|ucf)/|var/lib/dpkg/(lock|triggers)', # when packages came
+    r'etc/(machine-id|ssh/ssh_host_.*)$',                       # drawn by lot
+    r'.*\.pyc$|etc/\.git/index$',                               # with the time of files
+)))
+
+# Of what Ansible reports: the time of day; what is said once in a process, be that a worker or all of the play (which
+# variable is deprecated, ..); and that a module had to make root's ~/.ansible/tmp.
+UNTOLD = {'cache_update_time', 'deprecations', 'warnings'}
+FETCHED = re.compile(r'(?m)^Fetched .*')
+
+# What DebOps would draw by lot or take from the clock, and where its secrets go: beside the inventory.
+MOMENT = '2020-02-02T02:02:02'
+SETTINGS = {'inventory__environment': {'GIT_AUTHOR_DATE': MOMENT, 'GIT_COMMITTER_DATE': MOMENT}, 'secret__levels': '',
+            'cron__crontab_offset_seeds': list('abcdefghijkl'), 'atd_batch_multiplier': '1', 'atd_batch_interval': '60',
+            'root_account__generate_ssh_key': False, 'nginx_welcome_template': '/etc/hostname', 'sshd__version': '9.2'}
+
+# Not those that need a systemd (rsyslog, networkd, timesyncd, ..), the kernel (sysctl, sysfs, lvm, ferm, swapfile, ..),
+# software from elsewhere than Debian (gitlab, elasticsearch, ..), or make keys that are compared (rsnapshot, pki, ..).
+PLAYBOOKS = '''
+    apt apt_install apt_listchanges apt_mark apt_preferences apt_proxy atd auth authorized_keys console cron debconf
+    debops_fact environment etc_aliases etc_services etckeeper extrepo fhs gitusers golang keyring libuser locales
+    logrotate machine mariadb nodejs nsswitch pam_access php postgresql proc_hidepid python resolvconf resources
+    root_account ruby sudo sysnews system_groups tcpwrappers tzdata unattended_upgrades users yadm
+    dnsmasq-plain memcached nginx postfix redis_server sshd stunnel'''.split()
+
+
+class Machine:
+    """A fresh Debian with an sshd on a port of its own, for as long as the `with` lasts."""
+
+    def __enter__(self):
+        self.box = LAB.path('machine')
+        self.port = free_port()
+        os.makedirs(self.box, exist_ok=True)
+        with open(LAB.path('sshd.log'), 'ab') as log:
+            self.process = subprocess.Popen(
+                ['setpriv', '--pdeathsig', 'KILL', 'unshare', '-mpfui', '--kill-child', 'sh', '-c', MACHINE, 'machine',
+                 self.box, debian_tree(), LAB.root, str(self.port)], stdin=subprocess.DEVNULL, stdout=log, stderr=log,
+                start_new_session=True)
+        try:
+            wait_for(lambda: port_answers(self.port), 20, 'the machine does not come up')
+        except RuntimeError:
+            note(LAB.read('sshd.log')[-2000:])
+            raise
+        return self
+
+    def __exit__(self, *error):
+        self.process.kill()
+        self.process.wait()
+
+    def files(self):
+        """{path: (mode, owner, group, hash or target, text)} of all that is not as it was at the start."""
+        top = '/proc/%d/root%s/upper' % (self.process.pid, self.box)
+        return {path: what + (text_of(os.path.join(top, path)),) for path, what in snapshot(top).items()
+                if not VARYING.match(path) and what != entry(os.path.join(debian_tree(), path))}
+
+
+def text_of(path):
+    """What a report can show of a file."""
+    try:
+        with open(path, encoding='utf-8') as file:
+            return file.read(50000)
+    except (OSError, ValueError):
+        return ''
+
+
+def debian_tree():
+    """The files that all machines have in common, made once."""
+    tree = os.path.join(CACHE, DEBIAN)
+    if not os.path.exists(tree):
+        install_packages({'debootstrap': 'debootstrap'})
+        note('making a Debian: %s' % tree)
+        new = tree + '.new'
+        shutil.rmtree(new, ignore_errors=True)
+        sh('debootstrap', '--variant=minbase', '--include=' + DEBIAN_PACKAGES.replace(' ', ','), DEBIAN, new,
+           debian_mirror())
+        sh('chroot', new, 'useradd', '-m', '-p', '*', '-s', '/bin/bash', LAB.login)
+        sh('chroot', new, 'debconf-set-selections', input=b'man-db man-db/auto-update boolean false\n')
+        for name, text in (('hosts', '127.0.0.1 localhost\n127.0.1.1 machine.example.org machine\n'),
+                           ('apt/apt.conf.d/lab', 'APT::Install-Recommends "false";\n'),    # compilers, for one
+                           ('sudoers.d/lab', '%s ALL=(ALL) NOPASSWD: ALL\n' % LAB.login)):
+            with open(os.path.join(new, 'etc', name), 'w') as file:
+                file.write(text)
+        os.rename(new, tree)
+    return tree
+
+
+def debian_mirror():
+    """The one that this machine takes its own packages from."""
+    sources = glob.glob('/etc/apt/sources.list') + glob.glob('/etc/apt/sources.list.d/*')
+    found = re.findall(r'\bhttps?://\S+/debian/?(?=\s)', ''.join(open(path).read() for path in sources))
+    return found[0] if found else 'http://deb.debian.org/debian'
+
+
+def debops():
+    """The directory with DebOps and the libraries that its plugins need."""
+    path = os.path.join(CACHE, 'debops')
+    if not os.path.exists(path):
+        note('fetching DebOps: %s' % path)
+        sh(os.path.join(venv(NEWEST), 'bin', 'pip'), 'install', '-q', '--no-deps', '--target', path + '.new', *DEBOPS)
+        os.rename(path + '.new', path)
+    return os.path.join(path, 'debops/_data/ansible/collections')
+
+
+def run_playbook(engine, path):
+    """-> the play, and the files that it wrote"""
+    with open(path) as file:
+        groups = re.findall(r'\bdebops_(?:all_hosts|service_\w+)', file.read())
+    with Machine() as machine:
+        variables = dict(LAB.variables(), ansible_port=machine.port, **SETTINGS)
+        play = Play(engine, args=[path], timeout=PLAYBOOK_SECONDS,
+                    hosts=json.dumps({group: {'hosts': {'machine': variables}} for group in groups}),
+                    env={'ANSIBLE_COLLECTIONS_PATH': '%s:%s' % (debops(), collections_path()),
+                         'ANSIBLE_PIPELINING': '1',
+                         'ANSIBLE_ALLOW_BROKEN_CONDITIONALS': '1',       # as all ansible-cores before 2.19 did
+                         'PYTHONHASHSEED': '0',                          # lists that are made of sets
+                         'PYTHONPATH': os.path.join(CACHE, 'debops')})
+        try:
+            play.run()
+        except KeyboardInterrupt:       # workers have sessions of their own: the play knows them
+            play.process.send_signal(signal.SIGINT)
+            play.process.wait(20)
+            raise
+        return play, machine.files()
+
+
+def told(value):
+    """What a play reported of each task and item, in order, without what it draws by lot or reads off a clock."""
+    if isinstance(value, Play):
+        return told(story(value))
+    if isinstance(value, dict):
+        return {key: told(item) for key, item in value.items() if key not in UNTOLD}
+    if isinstance(value, (list, tuple)):
+        return type(value)(told(item) for item in value)
+    return FETCHED.sub('', value) if isinstance(value, str) else value
+
+
+def file_differences(stock, ours):
+    lines = []
+    for path in sorted({*stock, *ours}):
+        *stock_entry, stock_text = stock.get(path, (None, ''))
+        *our_entry, our_text = ours.get(path, (None, ''))
+        if stock_entry != our_entry:
+            lines += ['%s: stock %s, plugin %s' % (path, stock_entry, our_entry)]
+            lines += difflib.unified_diff(stock_text.splitlines(), our_text.splitlines(), lineterm='', n=0)
+    return lines
+
+
+def compare_playbook(path):
+    """Print a line about it, -> whether the engines differ."""
+    name = os.path.basename(path)[:-len('.yml')]
+    print('%-24s' % name, end='', flush=True)
+    (stock, files), (ours, our_files) = [run_playbook(Engine(engine), path) for engine in ('stock', ENGINE)]
+    lines = differences(told(stock), told(ours)) + file_differences(files, our_files)
+    if stock.rc != ours.rc:
+        lines.append('exit code: stock %s, plugin %s' % (stock.rc, ours.rc))
+    commands = [sum(play.sessions().values()) for play in (stock, ours)]
+    if ENGINE == 'plugin' and commands[1] > max(1, commands[0] / 4):
+        lines.append('the plugin does not carry it: %d commands over ssh, stock %d' % (commands[1], commands[0]))
+    report = os.path.join(CACHE, 'playbooks', name)
+    os.makedirs(os.path.dirname(report), exist_ok=True)
+    with open(report, 'w') as file:
+        file.write('\n'.join(lines + ['', stock.tail(), ours.tail()]))
+    tasks = sum(event['event'] == 'runner_start' for event in stock.events())
+    print('%8.1f s%8.1f s%7.1f%7d  %s%s' % (
+        stock.seconds, ours.seconds, stock.seconds / ours.seconds, tasks, 'DIFFERS ' + report if lines else 'same',
+        ', both fail' * bool(stock.rc and ours.rc)), flush=True)
+    for play in (stock, ours):
+        shutil.rmtree(play.dir)
+    return bool(lines)
+
+
+def playbooks(arguments):
+    parser = argparse.ArgumentParser(prog='test_single.py playbooks',
+                                     description='playbooks of DebOps, by stock and by the plugin')
+    parser.add_argument('names', nargs='*', metavar='GLOB', help='names of service playbooks')
+    options = parser.parse_args(arguments)
+    if not ROOT:
+        sys.exit('root is needed: the machines are overlays in namespaces')
+    install_packages({'sshd': 'openssh-server', 'ssh': 'openssh-client'})
+    LAB.make_root('debian')
+    LAB.write('sudo.log', '')
+    LAB.write('machine_config', SSHD_CONFIG % {'root': '/run/lab', 'port': 22, 'passwords': 'no'})
+    folder = os.path.join(debops(), 'ansible_collections/debops/debops/playbooks/service')
+    debian_tree()
+    paths = [path for name in options.names or PLAYBOOKS for path in sorted(glob.glob('%s/%s.yml' % (folder, name)))]
+    print('%-24s%10s%10s%7s%7s' % ('', 'stock', 'plugin', 'ratio', 'tasks'))
+    different = sum([compare_playbook(path) for path in paths])
+    print('%d playbooks, %d differ' % (len(paths), different))
+    return 1 if different or not paths else 0
+
+
+# 23 MAIN ########################################################################################
 
 class Result(unittest.TextTestResult):
     """Counts passes, and says each reason for a skip in a line of its own."""
@@ -6807,7 +7057,7 @@ def main(arguments):
     signal.signal(signal.SIGINT, signal.default_int_handler)
     # As Ctrl-C, and not as SystemExit, which unittest takes for the failure of one test.
     signal.signal(signal.SIGTERM, signal.default_int_handler)
-    commands = {'bench': bench, 'conformance': conformance, 'proxy': proxy}
+    commands = {'bench': bench, 'conformance': conformance, 'playbooks': playbooks, 'proxy': proxy}
     command = commands.get(arguments[0]) if arguments else None
     try:
         return command(arguments[1:]) if command else run_tests(arguments)
