@@ -6764,12 +6764,12 @@ SETTINGS = {'inventory__environment': {'GIT_AUTHOR_DATE': MOMENT, 'GIT_COMMITTER
             'root_account__generate_ssh_key': False, 'nginx_welcome_template': '/etc/hostname', 'sshd__version': '9.2'}
 
 # Not those that need a systemd (rsyslog, networkd, timesyncd, ..), the kernel (sysctl, sysfs, lvm, ferm, swapfile, ..),
-# software from elsewhere than Debian (gitlab, elasticsearch, ..), or make keys that are compared (rsnapshot, pki, ..).
+# software from elsewhere than Debian (gitlab, elasticsearch, ..), or make keys that are compared (rsnapshot, yadm, ..).
 PLAYBOOKS = '''
     apt apt_install apt_listchanges apt_mark apt_preferences apt_proxy atd auth authorized_keys console cron debconf
     debops_fact environment etc_aliases etc_services etckeeper extrepo fhs gitusers golang keyring libuser locales
     logrotate machine mariadb nodejs nsswitch pam_access php postgresql proc_hidepid python resolvconf resources
-    root_account ruby sudo sysnews system_groups tcpwrappers tzdata unattended_upgrades users yadm
+    root_account ruby sudo sysnews system_groups tcpwrappers tzdata unattended_upgrades users
     dnsmasq-plain memcached nginx postfix redis_server sshd stunnel'''.split()
 
 
