@@ -6748,8 +6748,8 @@ VARYING = re.compile('|'.join((
     r'(tmp|var/(tmp|log|cache))(/|$)',                          # what comes and goes, and says when
     r'(root|home/debian)/\.ansible(/|$)',                       # with become, the plugin uses root's
     r'var/lib/(apt|systemd|ucf)/|var/lib/dpkg/(lock|triggers)', # when packages came
-    r'etc/(machine-id|ssh/ssh_host_.*|aliases\.db)$|etc/ssl/.*snakeoil.*',          # drawn by lot
-    r'.*\.pyc$|etc/\.git/index$',                               # with the time of files
+    r'etc/(machine-id|aliases\.db|ssh/ssh_host_.*)$|etc/ssl/.*/ssl-cert-snakeoil', # drawn by lot
+    r'.*(\.pyc|\.git/index|\.gnupg/(pubring.kbx|trustdb.gpg))$', # the time of files, or of the day
 )))
 
 # Of what Ansible reports: the time of day; what is said once in a process, be that a worker or all of the play (which
@@ -6763,14 +6763,14 @@ SETTINGS = {'inventory__environment': {'GIT_AUTHOR_DATE': MOMENT, 'GIT_COMMITTER
             'cron__crontab_offset_seeds': list('abcdefghijkl'), 'atd_batch_multiplier': '1', 'atd_batch_interval': '60',
             'root_account__generate_ssh_key': False, 'nginx_welcome_template': '/etc/hostname', 'sshd__version': '9.2'}
 
-# Not those that need a systemd (rsyslog, networkd, timesyncd, ..), the kernel (sysctl, sysfs, lvm, ferm, swapfile, ..),
-# software from elsewhere than Debian (gitlab, elasticsearch, ..), or make keys that are compared (rsnapshot, yadm, ..).
+# Not those that need a systemd (rsyslog, networkd, timesyncd, ..), the kernel (sysctl, lvm, ferm, dnsmasq, ..),
+# software from elsewhere than Debian (gitlab, elasticsearch, ..), or make keys or passwords (rsnapshot, pki, ..).
 PLAYBOOKS = '''
     apt apt_install apt_listchanges apt_mark apt_preferences apt_proxy atd auth authorized_keys console cron debconf
     debops_fact environment etc_aliases etc_services etckeeper extrepo fhs gitusers golang keyring libuser locales
     logrotate machine mariadb nodejs nsswitch pam_access php postgresql proc_hidepid python resolvconf resources
-    root_account ruby sudo sysnews system_groups tcpwrappers tzdata unattended_upgrades users
-    dnsmasq-plain memcached nginx postfix redis_server sshd stunnel'''.split()
+    root_account ruby sudo sysnews system_groups tcpwrappers tzdata unattended_upgrades users yadm
+    memcached nginx postfix sshd stunnel'''.split()
 
 
 class Machine:
