@@ -2253,7 +2253,7 @@ LOGIN_BEGINS = re.compile(rb'/etc/(bash|zsh|csh|fish|profile|nsswitch)|pip[\d.]*
 PACKAGE_MANAGERS = 'apt', 'dnf', 'dnf5', 'yum', 'package', 'zypper', 'pacman', 'apk'
 
 
-# Whether another one may be in its place, or have another place to look for modules in.
+# Whether another Python may be in the place of the agent's, or look for modules in a place that was not there before.
 def changes_python(module, output):
     kind = module.fqn.rpartition('.')[2]
     return kind == 'pip' or kind in PACKAGE_MANAGERS and b'python' in module.params + output
@@ -3310,7 +3310,7 @@ class Link:
         self.request = None         # ours to the parent agent, while it is being opened there
         self.hello = None           # what the agent said of itself, once it is up
         self.used = 0               # serial number of the last request for it
-        self.outdated = False       # to be replaced as soon as nothing depends on it
+        self.outdated = False       # to be replaced as soon as it is not busy
         self.has = set()            # sha1 of the blobs that we know it has
 
     def ancestors(self):

@@ -1273,7 +1273,7 @@ ANSIBLE_FREE = ('CLIENT', 'BROKER', 'HOPS', 'SHIPPING', 'WIRE', 'LOOP', 'ROUTER'
 
 # What README.rst says under Security, clause by clause, and the tests that would fail if it were not so.
 PROMISES = {
-    'An agent has the rights of the account that it runs as, and leaves nothing there but an empty ``~/.ansible/tmp``.':
+    'An agent has the rights of its account, and leaves nothing there but an empty ``~/.ansible/tmp`` and files of jobs.':
         'RealModules.test_surroundings RealWorld.test_same_results_one_connection_one_sudo_per_account',
     'Nothing that a target sends is unpickled, evaluated or used as a path on the controller, and an answer counts only '
     'for what its agent was asked;': 'PipeGarbage.test_a_hostile_target_harms_nobody_else',
@@ -2929,7 +2929,7 @@ class RealBecome(Real):
 
     @newest
     def test_what_sessions_begin_with(self):
-        """Groups, and what PAM reads, count for the next task that becomes somebody, and for jobs that are at work."""
+        """What a module changed of how processes begin counts for the next task; a job that is at work goes on."""
         self.needs_root()
         server = LAB.sshd('mount -t tmpfs tmpfs /mnt && mkdir /mnt/u /mnt/w && mount -t overlay -o lowerdir=/etc,upperdir=/mnt/u,'
                           'workdir=/mnt/w overlay /etc && echo "session required pam_env.so readenv=1" >> /etc/pam.d/sudo')
@@ -2948,7 +2948,8 @@ class RealBecome(Real):
             change % 'present', *look, '{async_status: {jid: "{{ job.ansible_job_id }}"}, register: done, until: done.finished, '
             'become: true, become_user: msapp, delay: 1}', groups % '""', change % 'absent', *look,
             *login, shell % 'present', *login, look[0], shell % 'absent', *login, *zones, *packages),
-            files={'library/zone.py': ZONE, 'library/pip.py': PIP, 'library/apt.py': PIP}, hosts={'t1': {'ansible_port': server.port}}, pipelining=True, without=('attempts',))
+            files={'library/zone.py': ZONE, 'library/pip.py': PIP, 'library/apt.py': PIP},
+            hosts={'t1': {'ansible_port': server.port}}, pipelining=True, without=('attempts',))
 
     @newest
     def test_by_command_line(self):
