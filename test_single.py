@@ -1296,6 +1296,12 @@ def shortened(core):
     return re.sub(r"('[^'\n]*')|(?<=\S) ?([=,:%+*/<>!|&-]+) (?=\S)", lambda found: found[1] or found[2], core)
 
 
+def names_given(statement):
+    if isinstance(statement, ast.Assign):
+        return [node.id for target in statement.targets for node in ast.walk(target) if isinstance(node, ast.Name)]
+    return [statement.name] if isinstance(statement, (ast.ClassDef, ast.FunctionDef)) else []
+
+
 class Text(unittest.TestCase):
 
     @classmethod
@@ -1347,6 +1353,14 @@ class Text(unittest.TestCase):
             text = file.read()
         own_map = MAP_LINE.findall(ast.get_docstring(ast.parse(text), clean=False))
         self.assertEqual(BANNER.findall(text), own_map)
+
+    def test_names_are_given_once(self):
+        for path in (PLUGIN, __file__):
+            with open(path, encoding='utf-8') as file:
+                tree = ast.parse(file.read())
+            for scope in [tree] + [node for node in ast.walk(tree) if isinstance(node, ast.ClassDef)]:
+                names = [name for node in scope.body for name in names_given(node)]
+                self.assertEqual([name for name in set(names) if names.count(name) > 1], [], scope)
 
     def test_lines_are_short(self):
         long = [n for n, line in enumerate(self.text.splitlines(), 1) if len(line) > 120]
@@ -6756,13 +6770,14 @@ VARYING = re.compile('|'.join((
 # Of what Ansible reports: the time of day; what is said once in a process, be that a worker or all of the play (which
 # variable is deprecated, ..); and that a module had to make root's ~/.ansible/tmp.
 UNTOLD = {'cache_update_time', 'deprecations', 'warnings'}
-FETCHED = re.compile(r'(?m)^Fetched .*')
+APT_FETCHED = re.compile(r'(?m)^Fetched .*')
 
 # What DebOps would draw by lot or take from the clock, and where its secrets go: beside the inventory.
 MOMENT = '2020-02-02T02:02:02'
-SETTINGS = {'inventory__environment': {'GIT_AUTHOR_DATE': MOMENT, 'GIT_COMMITTER_DATE': MOMENT}, 'secret__levels': '',
-            'cron__crontab_offset_seeds': list('abcdefghijkl'), 'atd_batch_multiplier': '1', 'atd_batch_interval': '60',
-            'root_account__generate_ssh_key': False, 'nginx_welcome_template': '/etc/hostname', 'sshd__version': '9.2'}
+DEBOPS_SETTINGS = {
+    'inventory__environment': {'GIT_AUTHOR_DATE': MOMENT, 'GIT_COMMITTER_DATE': MOMENT}, 'secret__levels': '',
+    'cron__crontab_offset_seeds': list('abcdefghijkl'), 'atd_batch_multiplier': '1', 'atd_batch_interval': '60',
+    'root_account__generate_ssh_key': False, 'nginx_welcome_template': '/etc/hostname', 'sshd__version': '9.2'}
 
 # Not those that need a systemd (rsyslog, networkd, timesyncd, ..), the kernel (sysctl, lvm, ferm, dnsmasq, ..),
 # software from elsewhere than Debian (gitlab, elasticsearch, ..), or make keys or passwords (rsnapshot, pki, ..).
@@ -6856,7 +6871,7 @@ def run_playbook(engine, path):
     with open(path) as file:
         groups = re.findall(r'\bdebops_(?:all_hosts|service_\w+)', file.read())
     with Machine() as machine:
-        variables = dict(LAB.variables(), ansible_port=machine.port, **SETTINGS)
+        variables = dict(LAB.variables(), ansible_port=machine.port, **DEBOPS_SETTINGS)
         play = Play(engine, args=[path], timeout=PLAYBOOK_SECONDS,
                     hosts=json.dumps({group: {'hosts': {'machine': variables}} for group in groups}),
                     env={'ANSIBLE_COLLECTIONS_PATH': '%s:%s' % (debops(), collections_path()),
@@ -6881,7 +6896,7 @@ def told(value):
         return {key: told(item) for key, item in value.items() if key not in UNTOLD}
     if isinstance(value, (list, tuple)):
         return type(value)(told(item) for item in value)
-    return FETCHED.sub('', value) if isinstance(value, str) else value
+    return APT_FETCHED.sub('', value) if isinstance(value, str) else value
 
 
 def file_differences(stock, ours):
