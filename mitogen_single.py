@@ -1128,10 +1128,12 @@ def in_a_process(name, run):
 
 
 def unwrapped(answer):
-    _, result, errors, printed, warned = answer
+    _, result, errors, printed, warned, uses = answer
     sys.stdout.write(printed)
     for warning in warned:
         warning_context().capture(warning)
+    for known, found in zip(deprecated_uses(), uses):
+        known.update(found)
     for error, cause in zip(errors, errors[1:]):
         error.__cause__ = cause
     if errors:
@@ -1148,7 +1150,7 @@ def timed(run, *args, **kwargs):
         while e and e not in errors:
             errors.append(e)
             e = e.__cause__
-    return time.monotonic() - began, result, errors, '', []
+    return time.monotonic() - began, result, errors, '', [], []
 
 
 # None where it was killed, or where what it found cannot leave its process.
@@ -1182,7 +1184,7 @@ def send_answer(pipe, ask):
     warned = [warning for warning in captured_warnings() if warning not in before]
     if not any(type(error).__module__.startswith('ansible._internal') for error in errors):
         with contextlib.suppress(Exception):
-            data = ForkingPickler.dumps((seconds, result, errors, sys.stdout.getvalue(), warned))
+            data = ForkingPickler.dumps((seconds, result, errors, sys.stdout.getvalue(), warned, deprecated_uses()))
             ForkingPickler.loads(data)
             pipe.send_bytes(data)
 
@@ -1196,6 +1198,14 @@ def warning_context():
 def captured_warnings():
     context = warning_context()
     return context.get_warnings() + context.get_deprecation_warnings() if context else []
+
+
+# It also notes what deprecated values are used. -> a {id: use} for each template that is being made, outermost first.
+# What is in the one of a forked process and was not in its parent's has an id that is free there.
+def deprecated_uses():
+    access = sys.modules.get('ansible._internal._templating._access')
+    contexts = access.AnsibleAccessContext.current()._notify_contexts if access else []
+    return [context._tripped_deprecation_info for context in contexts if hasattr(context, '_tripped_deprecation_info')]
 
 
 # ---- loops

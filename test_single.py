@@ -4913,7 +4913,11 @@ class RealControl(Real):
             '{name: forgiven, debug: {msg: "{{ lookup(\'own\', \'fail\', errors=\'ignore\') }}"}}',
             '{name: undefined, debug: {msg: "{{ lookup(\'own\', nothing) }}"}, ignore_errors: true}',
             '{name: warns, debug: {msg: "{{ lookup(\'own\', \'warn\') }}"}, register: warned}',
-            '{name: warned, debug: {msg: "{{ [warned.warnings, warned.deprecations] }}"}, when: warned.warnings is defined}'),
+            '{name: warned, debug: {msg: "{{ [warned.warnings, warned.deprecations] }}"}, when: warned.warnings is defined}',
+            'setup: {gather_subset: "!all"}',
+            '{name: deprecated, command: "echo {{ lookup(\'own\', \'use\', old) }}", register: used, '
+            'vars: {old: ["{{ ansible_system }}"]}}',
+            '{name: told, debug: {msg: "{{ used.deprecations | d([]) }}"}}'),
             hosts=many_hosts(4), files={'lookup_plugins/own.py': OWN_LOOKUP}, without=('exception',))
 
     def test_plugin_that_needs_a_main_thread(self):
@@ -4984,6 +4988,9 @@ OWN_LOOKUP = '''
 
         def nested(self, variables):
             return {'list': [1, 'two', None], 'host': self.host(variables)}
+
+        def use(self, variables, values):
+            return 'on %s' % values[0]
 
         def terminal(self, variables):
             try:
