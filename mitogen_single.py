@@ -85,6 +85,7 @@ import io
 import itertools
 import json
 import locale
+import marshal
 import multiprocessing
 import os
 import queue
@@ -131,7 +132,7 @@ try:
     from ansible.plugins.callback import CallbackBase
     from ansible.plugins.connection import ConnectionBase, local as local_plugin
     from ansible.plugins.connection import ssh as ssh_plugin
-    from ansible.plugins.loader import (action_loader, become_loader, connection_loader, lookup_loader,
+    from ansible.plugins.loader import (PluginLoader, action_loader, become_loader, connection_loader, lookup_loader,
                                         module_loader, module_utils_loader, shell_loader, strategy_loader)
     from ansible.plugins.lookup import LookupBase
     from ansible.plugins.strategy import StrategyBase
@@ -316,6 +317,7 @@ def run_carried(run, iterator, play_context):
     sleeping = [(module, 'time', with_sleep_until_news)] if hasattr(module, 'time') else []
     note_passwords(play_context)
     baton.spare_work = foreseeing(iterator._blocks)
+    note_memories(*sys.modules)
     with patched(*sleeping), baton:
         return run(iterator, play_context)
 
@@ -399,6 +401,9 @@ def patches():
         *[(fetch_action, name, hashing_in_turn) for name in ('checksum', 'md5', 'secure_hash')],
         (Display, 'set_queue', setting_queue_in_forks),
         (lookup_loader, 'get', asking_lookups_apart),
+        # What filters and lookups keep for later is kept from the next task.
+        (PluginLoader, '_load_module_source', noting_memories),
+        (_collection_finder._AnsibleCollectionPkgLoaderBase, 'exec_module', noting_memories),
         # Items of a loop do not wait for each other's answers where they may not.
         (task_executor.TaskExecutor, '_run_loop', running_items_ahead),
         # A plugin in a thread starts programs as a worker process would; one that needs such a process gets it, as long
@@ -782,15 +787,17 @@ def task_context(stock):
 
 
 # What belongs to the process while a worker runs, and would have been its own in a fork: where it prints, who it says
-# it is, its environment and directory. Put on with the baton, taken off with it.
+# it is, its environment and directory, what plugins keep. Put on with the baton, taken off with it.
 class Outside:
     def __init__(self, stock):
         self.stock = stock
         self.stdout, self.stderr = io.StringIO(), io.StringIO()
         self.changed = None         # the surroundings that a plugin left different at a handover
+        self.kept = None            # Memory -> what plugins had kept in it, likewise; None until the first handover
 
     def put_on(self):
         self.before = sys.stdout, sys.stderr, surroundings()
+        put_on_memories(self.kept)
         sys.stdout, sys.stderr = self.stdout, self.stderr
         display._final_q = self.stock._final_q
         worker_process.current_worker = self.stock
@@ -810,6 +817,13 @@ class Outside:
         self.changed = after if after != before else None
         if self.changed:
             set_surroundings(before)
+        self.kept = take_off_memories()
+
+    # What a plugin's module does to them when it is imported stays: for the next worker it will not be imported again.
+    def leave(self, before, after):
+        stdout, stderr, surrounding = self.before
+        self.before = stdout, stderr, tuple(new if new != old else outside for outside, old, new in
+                                            zip(surrounding, before, after))
 
 
 # What this thread has worked, and the time.
@@ -852,6 +866,131 @@ def set_surroundings(wanted):
     if directory:
         with contextlib.suppress(OSError):      # it was removed meanwhile
             os.chdir(directory)
+
+
+# ---- what plugins keep
+# A cache, a counter, a table that a filter writes to: what one forked worker makes of it no other one sees. So it is
+# with threads: plain values of the modules of filters, tests, lookups and what they import of their collection, also
+# those of the classes and objects in them, are put on and taken off with the baton. What functools keeps of a
+# function's results is forgotten when a worker begins. Ansible's own plugins keep nothing.
+
+KEEPERS = re.compile(r'\.plugins\.(filter|test|lookup|plugin_utils|module_utils)\.')
+LONGEST_MEMORY = 100000     # bytes; what is longer is taken for a table that nobody writes to
+LOADER_NAMES = {'_original_path', '_load_name', '_redirected_names', 'ansible_aliases', 'ansible_name'}
+OWN_PLUGINS = os.path.dirname(os.path.dirname(strategy_plugins.__file__)) + os.sep
+LRU_CACHE = type(functools.lru_cache(len))
+_noted = set()              # names of modules
+_memories = []              # what may change in them
+
+
+def noting_memories(load):
+    def patched_load(loader, *args, **kwargs):
+        before = surroundings()
+        result = load(loader, *args, **kwargs)
+        note_memories((result or args[-1]).__name__)
+        after = surroundings()
+        if _local.worker and after != before:
+            _local.worker.outside.leave(before, after)
+        return result
+    return patched_load
+
+
+def note_memories(*names):
+    for name in names:
+        if KEEPERS.search(name) and name not in _noted:
+            _noted.add(name)
+            module = sys.modules[name]
+            if not str(getattr(module, '__file__', '')).startswith(OWN_PLUGINS):
+                _memories.extend(memories_of(module))
+
+
+def memories_of(module):
+    yield from Memory.if_any(module, writes_globals(module))
+    for value in list(vars(module).values()):
+        home = value.__module__ if isinstance(value, type) else type(value).__module__
+        if home == module.__name__ and hasattr(value, '__dict__'):
+            yield from Memory.if_any(value, True)
+
+
+def writes_globals(module):
+    try:
+        return 'global ' in module.__loader__.get_source(module.__name__)
+    except Exception:       # who knows what loader it is, or there is no source
+        return True
+
+
+class Memory:
+    """Of a module, a class or an object: names of plain values, and what functools.lru_cache() made."""
+
+    @classmethod
+    def if_any(cls, owner, is_bound_anew):
+        memory = cls(owner, is_bound_anew)
+        may_get_names = is_bound_anew and isinstance(owner, types.ModuleType)
+        return [memory] if memory.names or memory.caches or may_get_names else []
+
+    def __init__(self, owner, is_bound_anew):
+        self.owner = owner
+        self.names = [name for name, value in vars(owner).items()
+                      if not name.startswith('__') and name not in LOADER_NAMES and is_short(value)
+                      and (is_bound_anew or isinstance(value, (dict, list, set)))]
+        self.caches = [value for value in vars(owner).values() if isinstance(value, LRU_CACHE)]
+        self.before = self.now()
+
+    # -> all names, plain values; None where one has become something else
+    def now(self):
+        values = vars(self.owner)
+        try:
+            return list(values), marshal.dumps([plain(values.get(name)) for name in self.names], 2)
+        except ValueError:
+            return None
+
+    # -> what was kept since it was put on, by name
+    def take_off(self):
+        names, values = self.before
+        kept = {name: value.copy() if isinstance(value, (dict, list, set)) else value
+                for name, value in vars(self.owner).items() if name in self.names or name not in names}
+        for name in kept.keys() - names - LOADER_NAMES:
+            if not isinstance(kept[name], types.ModuleType):    # a package has those that were imported from it
+                delattr(self.owner, name)
+        self.put_on(zip(self.names, marshal.loads(values)))
+        return kept
+
+    # A dict, list or set stays the same one: other modules may know it.
+    def put_on(self, values):
+        for name, value in values:
+            known = vars(self.owner).get(name)
+            if isinstance(known, list) and isinstance(value, list):
+                known[:] = value
+            elif isinstance(known, (dict, set)) and isinstance(value, (dict, set)):
+                known.clear()
+                known.update(value)
+            else:
+                setattr(self.owner, name, value)
+
+
+def plain(value):
+    return dict(value) if isinstance(value, dict) else value
+
+
+def is_short(value):
+    try:
+        return len(marshal.dumps(plain(value), 2)) < LONGEST_MEMORY
+    except ValueError:
+        return False
+
+
+def put_on_memories(kept):
+    for memory in _memories:
+        memory.before = memory.now()
+        if kept is None:
+            for cache in memory.caches:
+                cache.cache_clear()
+        elif memory in kept:
+            memory.put_on(kept[memory].items())
+
+
+def take_off_memories():
+    return {memory: memory.take_off() for memory in _memories if memory.before and memory.now() != memory.before}
 
 
 # What belongs to one thread, to the main one as well; for §4 to §7.

@@ -4942,8 +4942,11 @@ class RealControl(Real):
             '{name: changes, command: "echo {{ 0 | change }} {{ 0 | look }}", changed_when: "0 | look | length == 0"}',
             '{name: after, debug: {msg: "{{ 0 | look }}"}}',
             '{name: loop, command: "echo {{ item | change }} {{ item | look }}", loop: [1, 2, 3]}',
-            '{name: in the end, debug: {msg: "{{ 0 | look }}"}}'),
-            hosts=many_hosts(2), files={'filter_plugins/mischief.py': MISCHIEF})
+            '{name: remembers, debug: {msg: "{{ 1 | remember }}"}}',
+            '{name: in the end, debug: {msg: "{{ 0 | look }} {{ 2 | remember }}"}}'),
+            hosts=many_hosts(2), files={
+                'filter_plugins/mischief.py': MISCHIEF,
+                'collections/ansible_collections/ns/col/plugins/plugin_utils/shared.py': 'TABLE = {}\n'})
 
     def test_heavy_tasks(self):
         """The first host shows that a task is one; the others are processes, though they were threads already."""
@@ -5027,10 +5030,38 @@ OWN_LOOKUP = '''
     '''
 
 MISCHIEF = '''
-import locale, os, socket, time
+import functools, locale, os, socket, time
+from ansible_collections.ns.col.plugins.plugin_utils import shared
+
+TABLE = {'old': [1]}
+count = 0
+os.environ['IMPORTED'] = 'yes'
+socket.setdefaulttimeout(70)
+
+
+class Kept:
+    names = []
+    last = None
+
+
+@functools.lru_cache(None)
+def cached(value):
+    return value
+
+
+def remember(value):
+    return cached(value), cached.cache_info().currsize
 
 
 def change(value):
+    global count, fresh
+    count += 1
+    fresh = count
+    TABLE['old'].append(2)
+    TABLE['new'] = object()
+    Kept.names.append('one')
+    Kept.last = Kept()
+    shared.TABLE['more'] = 'less'
     os.environ['OWN'] = 'changed'
     os.environ['TZ'] = 'XYZ-3'
     time.tzset()
@@ -5044,13 +5075,15 @@ def change(value):
 def look(value):
     mask = os.umask(0)
     os.umask(mask)
-    return '%s %s %s %s %s %s' % (os.environ.get('OWN'), time.tzname[0] == 'XYZ', mask, socket.getdefaulttimeout(),
-                                  locale.setlocale(locale.LC_ALL), os.getcwd() == '/')
+    kept = TABLE['old'], sorted(TABLE), count, 'fresh' in globals(), Kept.names, Kept.last is None, shared.TABLE
+    return '%s %s %s %s %s %s %s %s' % (
+        kept, os.environ['IMPORTED'], os.environ.get('OWN'), time.tzname[0] == 'XYZ', mask, socket.getdefaulttimeout(),
+        locale.setlocale(locale.LC_ALL), os.getcwd() == '/')
 
 
 class FilterModule:
     def filters(self):
-        return {'change': change, 'look': look}
+        return {'change': change, 'look': look, 'remember': remember}
 '''
 
 ALARMED = '''
