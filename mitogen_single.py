@@ -874,10 +874,10 @@ def set_surroundings(wanted):
 # those of the classes and objects in them, are put on and taken off with the baton. What functools keeps of a
 # function's results is forgotten when a worker begins. Ansible's own plugins keep nothing.
 
-KEEPERS = re.compile(r'\.plugins\.(filter|test|lookup|plugin_utils|module_utils)\.')
+KEEPERS = re.compile(r'\.plugins\.(filter|test|lookup)\.')
+UTILITIES = re.compile(r'\.plugins\.(module_utils|plugin_utils)\.')
 LONGEST_MEMORY = 100000     # bytes; what is longer is taken for a table that nobody writes to
 LOADER_NAMES = {'_original_path', '_load_name', '_redirected_names', 'ansible_aliases', 'ansible_name'}
-OWN_PLUGINS = os.path.dirname(os.path.dirname(strategy_plugins.__file__)) + os.sep
 LRU_CACHE = type(functools.lru_cache(len))
 _noted = set()              # names of modules
 _memories = []              # what may change in them
@@ -895,16 +895,19 @@ def noting_memories(load):
     return patched_load
 
 
+# Utilities count where a worker imports them, for one of those. What the main thread imports is for action plugins,
+# hundreds of modules with a collection for network devices; those plugins get a process.
 def note_memories(*names):
     for name in names:
-        if KEEPERS.search(name) and name not in _noted:
+        if name not in _noted and (KEEPERS.search(name) or _local.worker and UTILITIES.search(name)):
             _noted.add(name)
-            module = sys.modules[name]
-            if not str(getattr(module, '__file__', '')).startswith(OWN_PLUGINS):
-                _memories.extend(memories_of(module))
+            _memories.extend(memories_of(sys.modules[name]))
 
 
 def memories_of(module):
+    ansibles_own = os.path.dirname(os.path.dirname(strategy_plugins.__file__)) + os.sep
+    if str(getattr(module, '__file__', '')).startswith(ansibles_own):
+        return
     yield from Memory.if_any(module, writes_globals(module))
     for value in list(vars(module).values()):
         home = value.__module__ if isinstance(value, type) else type(value).__module__
