@@ -6805,7 +6805,7 @@ PLAYBOOK_SECONDS = 1200
 # What no two runs of stock Ansible leave alike.
 VARYING = re.compile('|'.join((
     r'(tmp|var/(tmp|log|cache))(/|$)',                          # what comes and goes, and says when
-    r'root/\.ansible(/|$)',                                     # with become, the plugin uses root's
+    r'(root|home/debian)/\.ansible(/|$)',                       # with become, the plugin uses root's
     r'var/lib/(apt|systemd|ucf)/|var/lib/dpkg/(lock|triggers)', # when packages came
     r'etc/(machine-id|aliases\.db|ssh/ssh_host_.*)$|etc/ssl/.*/ssl-cert-snakeoil', # drawn by lot
     r'.*(\.pyc|\.git/index|\.gnupg/(pubring.kbx|trustdb.gpg))$', # the time of files, or of the day
