@@ -40,7 +40,7 @@ Where does my line go?
     1  FACE             version, documentation, tunables
     2  STRATEGY         how Ansible, wherever it finds this file, comes to run plays our way
     3  PATCHES          the table of what we change in Ansible
-    4  WORKERS          threads that take turns; lookups that wait; items that run ahead; what is worked out once
+    4  WORKERS          threads that take turns; what plugins keep; lookups that wait; items ahead; what is done once
     5  CONNECTION       exec_command, put_file, fetch_file, reset; the way by other hosts; temporary directories
     6  PAYLOADS         what Ansible's module builder made: contents and parameters; kept across runs; foreseen
     7  CLIENT           a worker's end of the broker's socket
@@ -877,6 +877,7 @@ def set_surroundings(wanted):
 KEEPERS = re.compile(r'\.plugins\.(filter|test|lookup)\.')
 UTILITIES = re.compile(r'\.plugins\.(module_utils|plugin_utils)\.')
 LONGEST_MEMORY = 100000     # bytes; what is longer is taken for a table that nobody writes to
+# What Ansible's loader notes in the class of a plugin, each time that it hands it out.
 LOADER_NAMES = {'_original_path', '_load_name', '_redirected_names', 'ansible_aliases', 'ansible_name'}
 LRU_CACHE = type(functools.lru_cache(len))
 _noted = set()              # names of modules
@@ -885,12 +886,11 @@ _memories = []              # what may change in them
 
 def noting_memories(load):
     def patched_load(loader, *args, **kwargs):
-        before = surroundings()
+        before = surroundings() if _local.worker else None
         result = load(loader, *args, **kwargs)
-        note_memories((result or args[-1]).__name__)
-        after = surroundings()
-        if _local.worker and after != before:
-            _local.worker.outside.leave(before, after)
+        note_memories((result or args[-1]).__name__)    # one of the two loaders is given the module to fill
+        if _local.worker:
+            _local.worker.outside.leave(before, surroundings())
         return result
     return patched_load
 
